@@ -1,0 +1,201 @@
+// The pybind11 module snmf_kernels._C: plain addresses, sizes and strides. It knows nothing of torch; ops.py and
+// _backends.py check what they pass. All kernels release the GIL.
+#include <pybind11/pybind11.h>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__unix__)
+#include <pthread.h>
+#endif
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.hpp"
+#if defined(SNMF_WITH_CUDA)
+#include "cuda.hpp"
+#endif
+
+#define SNMF_STRING_(a) #a
+#define SNMF_STRING(a) SNMF_STRING_(a)
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <typename T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// A forked child inherits OpenMP's state but not its threads, and would wait for them for ever: it works serially.
+std::atomic<bool> forked{false};
+
+int usable_threads(int threads) {
+    if (threads < 1) throw std::invalid_argument("threads: wanted at least 1, got " + std::to_string(threads));
+    return forked.load(std::memory_order_relaxed) ? 1 : threads;
+}
+
+void check(int status) {
+    if (status) throw std::bad_alloc();
+}
+
+snmf::DType dtype_of(const std::string& name) {
+    if (name == "float32") return snmf::DType::f32;
+    if (name == "float64") return snmf::DType::f64;
+    if (name == "float16") return snmf::DType::f16;
+    if (name == "bfloat16") return snmf::DType::bf16;
+    throw std::invalid_argument("dtype: wanted float16, bfloat16, float32 or float64, got " + name);
+}
+
+// Calls run(T()) with T the working type.
+template <typename Run>
+void with_type(const std::string& dtype, Run run) {
+    switch (dtype_of(dtype)) {
+        case snmf::DType::f32: return run(float());
+        case snmf::DType::f64: return run(double());
+        default: throw std::invalid_argument("dtype: wanted float32 or float64 to compute in, got " + dtype);
+    }
+}
+
+void sweep(bool multiplicative, const std::string& dtype, Address Y, int64_t ldy, Address ZtA, int64_t ldp, Address ZtZ,
+           Address out, int64_t ldo, int64_t k, int64_t n, double eps, int sweeps, int threads) {
+    with_type(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const snmf::CoefficientArgs<T> args{at<T>(Y), ldy, at<T>(ZtA), ldp, at<T>(ZtZ), at<T>(out), ldo,
+                                            k, n, static_cast<T>(eps), sweeps, usable_threads(threads)};
+        const auto& kernels = snmf::kernels().of<T>();
+        py::gil_scoped_release release;
+        check(multiplicative ? kernels.multiplicative_update(args) : kernels.coordinate_descent(args));
+    });
+}
+
+void winner_take_all(const std::string& dtype, Address Z, int64_t row_stride, int64_t column_stride, int64_t d, int64_t k,
+                     int64_t count, Address indices, Address values, int threads) {
+    with_type(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const snmf::SelectArgs<T> args{at<T>(Z), row_stride, column_stride, d, k, count,
+                                       at<int64_t>(indices), at<T>(values), usable_threads(threads)};
+        const auto& kernels = snmf::kernels().of<T>();
+        py::gil_scoped_release release;
+        check(kernels.winner_take_all(args));
+    });
+}
+
+void sparse_product(const std::string& dtype, const std::string& a_dtype, Address A, int64_t row_stride,
+                    int64_t column_stride, int64_t d, int64_t n, Address indices, Address values, int64_t k,
+                    int64_t count, Address out, int threads) {
+    const snmf::DType a_type = dtype_of(a_dtype);
+    with_type(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const snmf::SparseProductArgs<T> args{at<void>(A), a_type, row_stride, column_stride, d, n,
+                                              at<int64_t>(indices), at<T>(values), k, count, at<T>(out),
+                                              usable_threads(threads)};
+        const auto& kernels = snmf::kernels().of<T>();
+        py::gil_scoped_release release;
+        check(kernels.sparse_product(args));
+    });
+}
+
+void ridge_solve(const std::string& dtype, Address G, Address B, Address X, Address info, int64_t batch, int64_t k,
+                 int64_t m, double ridge, int threads) {
+    with_type(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const snmf::RidgeArgs<T> args{at<T>(G), at<T>(B), at<T>(X), at<int32_t>(info), batch, k, m,
+                                      static_cast<T>(ridge), usable_threads(threads)};
+        const auto& kernels = snmf::kernels().of<T>();
+        py::gil_scoped_release release;
+        check(kernels.ridge_solve(args));
+    });
+}
+
+#if defined(SNMF_WITH_CUDA)
+void cuda_ridge_solve(const std::string& dtype, Address G, Address B, Address X, Address info, int64_t batch, int64_t k,
+                      int64_t m, double ridge, int device, Address stream) {
+    with_type(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const char* error;
+        {
+            py::gil_scoped_release release;
+            error = snmf::cuda::ridge_solve<T>(at<T>(G), at<T>(B), at<T>(X), at<int32_t>(info), batch, k, m,
+                                               static_cast<T>(ridge), device, stream);
+        }
+        if (error) throw std::runtime_error(std::string("ridge_solve on CUDA device ") + std::to_string(device) + ": " + error);
+    });
+}
+#endif
+
+py::dict build_info() {
+    py::dict info;
+    info["version"] = SNMF_STRING(SNMF_VERSION);
+    info["compiler"] = SNMF_STRING(SNMF_COMPILER);
+    info["levels"] = snmf::supported_levels();
+    info["level"] = snmf::kernels().name;
+#if defined(_OPENMP)
+    info["openmp"] = true;
+#else
+    info["openmp"] = false;
+#endif
+#if defined(SNMF_WITH_CUDA)
+    info["cuda"] = SNMF_STRING(SNMF_CUDA_VERSION);
+    info["cuda_architectures"] = SNMF_STRING(SNMF_CUDA_ARCHITECTURES);
+#else
+    info["cuda"] = py::none();
+    info["cuda_architectures"] = "";
+#endif
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "Compiled kernels of snmf_kernels. Addresses and strides are not checked: use snmf_kernels.ops.";
+#if defined(__unix__)
+    pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
+#endif
+    module.def("build_info", &build_info, "Facts about this build and the instruction level in use.");
+    module.def(
+        "set_level",
+        [](const std::string& name) {
+            if (!snmf::set_level(name.c_str()))
+                throw py::value_error("level: wanted one of " + std::string(snmf::supported_levels()) + ", got '" + name + "'");
+        },
+        py::arg("name"), "Use the CPU kernels of this instruction level from now on, in the whole process.");
+
+    using namespace py::literals;
+    module.def(
+        "multiplicative_update",
+        [](const std::string& dtype, Address Y, int64_t ldy, Address ZtA, int64_t ldp, Address ZtZ, Address out, int64_t ldo,
+           int64_t k, int64_t n, double eps, int sweeps, int threads) {
+            sweep(true, dtype, Y, ldy, ZtA, ldp, ZtZ, out, ldo, k, n, eps, sweeps, threads);
+        },
+        "dtype"_a, "Y"_a, "ldy"_a, "ZtA"_a, "ldp"_a, "ZtZ"_a, "out"_a, "ldo"_a, "k"_a, "n"_a, "eps"_a, "sweeps"_a,
+        "threads"_a);
+    module.def(
+        "coordinate_descent",
+        [](const std::string& dtype, Address Y, int64_t ldy, Address ZtA, int64_t ldp, Address ZtZ, Address out, int64_t ldo,
+           int64_t k, int64_t n, int sweeps, int threads) {
+            sweep(false, dtype, Y, ldy, ZtA, ldp, ZtZ, out, ldo, k, n, 0.0, sweeps, threads);
+        },
+        "dtype"_a, "Y"_a, "ldy"_a, "ZtA"_a, "ldp"_a, "ZtZ"_a, "out"_a, "ldo"_a, "k"_a, "n"_a, "sweeps"_a, "threads"_a);
+    module.def("winner_take_all", &winner_take_all, "dtype"_a, "Z"_a, "row_stride"_a, "column_stride"_a, "d"_a, "k"_a,
+               "count"_a, "indices"_a, "values"_a, "threads"_a);
+    module.def("sparse_product", &sparse_product, "dtype"_a, "a_dtype"_a, "A"_a, "row_stride"_a, "column_stride"_a, "d"_a,
+               "n"_a, "indices"_a, "values"_a, "k"_a, "count"_a, "out"_a, "threads"_a);
+    module.def("ridge_solve", &ridge_solve, "dtype"_a, "G"_a, "B"_a, "X"_a, "info"_a, "batch"_a, "k"_a, "m"_a, "ridge"_a,
+               "threads"_a);
+#if defined(SNMF_WITH_CUDA)
+    module.def("cuda_device_count", &snmf::cuda::device_count);
+    module.def("cuda_ridge_max_k", &snmf::cuda::ridge_max_k, "device"_a, "element_size"_a);
+    module.def("cuda_ridge_solve", &cuda_ridge_solve, "dtype"_a, "G"_a, "B"_a, "X"_a, "info"_a, "batch"_a, "k"_a, "m"_a,
+               "ridge"_a, "device"_a, "stream"_a);
+#else
+    module.def("cuda_device_count", [] { return 0; });
+#endif
+}

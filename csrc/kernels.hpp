@@ -1,0 +1,94 @@
+// The CPU kernels as plain functions, one table per instruction level.
+//
+// Notation (README, "Notation"): A [d, n] activations, Z [d, k] features with `count` kept entries per
+// column, Y [k, n] coefficients, G/B/X the batched systems. Strides are in elements.
+// Every function returns 0, or 1 if scratch memory could not be allocated (the output is then undefined).
+#pragma once
+
+#include <cstdint>
+
+namespace snmf {
+
+enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
+
+template <typename T>
+struct CoefficientArgs {
+    const T* Y;      // [k, n], row stride ldy
+    int64_t ldy;
+    const T* ZtA;    // [k, n], row stride ldp
+    int64_t ldp;
+    const T* ZtZ;    // [k, k], contiguous
+    T* out;          // [k, n], row stride ldo; may be Y itself
+    int64_t ldo;
+    int64_t k, n;
+    T eps;           // multiplicative update only
+    int sweeps;
+    int threads;
+};
+
+template <typename T>
+struct SelectArgs {
+    const T* Z;      // element (row, column) at Z[row * row_stride + column * column_stride]
+    int64_t row_stride, column_stride;
+    int64_t d, k, count;
+    int64_t* indices;  // [k, count], ascending in each row
+    T* values;         // [k, count]
+    int threads;
+};
+
+template <typename T>
+struct SparseProductArgs {
+    const void* A;   // element type a_type, (neuron, token) at [neuron * row_stride + token * column_stride]
+    DType a_type;
+    int64_t row_stride, column_stride;
+    int64_t d, n;
+    const int64_t* indices;  // [k, count]
+    const T* values;         // [k, count]
+    int64_t k, count;
+    T* out;          // [k, n], contiguous
+    int threads;
+};
+
+template <typename T>
+struct RidgeArgs {
+    const T* G;      // [batch, k, k], symmetric; the lower triangle is read
+    const T* B;      // [batch, k, m]
+    T* X;            // [batch, k, m]
+    int32_t* info;   // [batch]; 0, or the 1-based pivot that was not positive (X is then NaN)
+    int64_t batch, k, m;
+    T ridge;
+    int threads;
+};
+
+template <typename T>
+struct KernelSet {
+    int (*multiplicative_update)(const CoefficientArgs<T>&);
+    int (*coordinate_descent)(const CoefficientArgs<T>&);
+    int (*winner_take_all)(const SelectArgs<T>&);
+    int (*sparse_product)(const SparseProductArgs<T>&);
+    int (*ridge_solve)(const RidgeArgs<T>&);
+};
+
+struct KernelTable {
+    const char* name;
+    KernelSet<float> f32;
+    KernelSet<double> f64;
+    template <typename T> const KernelSet<T>& of() const;
+};
+template <> inline const KernelSet<float>& KernelTable::of<float>() const { return f32; }
+template <> inline const KernelSet<double>& KernelTable::of<double>() const { return f64; }
+
+#if defined(__x86_64__)
+extern const KernelTable table_v2, table_v3, table_v4;
+#else
+extern const KernelTable table_baseline;
+#endif
+
+// The table in use: the best level that this processor has, capped by SNMF_CPU_ISA or set_level.
+const KernelTable& kernels();
+// Chooses a level by name; returns false if the processor (or this build) does not have it.
+bool set_level(const char* name);
+// Names of all levels that this processor can run, comma-separated, lowest first.
+const char* supported_levels();
+
+}  // namespace snmf

@@ -1,0 +1,159 @@
+"""Builds snmf_kernels._C. Everything that does not need a compiler is in pyproject.toml.
+
+SNMF_CUDA=auto|0|1   auto (default): CUDA code when a toolkit is found and works; 0: never; 1: a failure is an error.
+SNMF_CUDA_ARCHS      compute capabilities, default "80;90" (the last one is also embedded as PTX).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pybind11 import get_include
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CSRC = Path("csrc")
+VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "snmf_kernels/_version.py").read_text())[1]
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+# Instruction levels: the file and its compiler flag. Target-wide flags would put newer instructions into code that runs
+# before the level is chosen, so each level is a file of its own.
+LEVELS = (
+    {f"isa_{level}.cpp": [f"-march=x86-64-{level}"] for level in ("v2", "v3", "v4")}
+    if X86
+    else {"isa_baseline.cpp": []}
+)
+# No -ffast-math: NaN and infinity must stay visible. sqrt needs no errno, and may be vectorised then.
+FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
+
+
+class NoToolkit(Exception):
+    """CUDA code cannot be built here; the text says why."""
+
+
+def find_toolkit() -> tuple[Path, str]:
+    """(toolkit folder, release) of the first usable CUDA toolkit."""
+    # nvcc on the PATH may be a wrapper script outside of its toolkit, so it comes last.
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    on_path = shutil.which("nvcc")
+    if on_path:
+        candidates.append(str(Path(on_path).resolve().parent.parent))
+    for folder in filter(None, candidates):
+        nvcc = Path(folder) / "bin" / "nvcc"
+        if not nvcc.is_file():
+            continue
+        if not list(Path(folder).glob("**/libcudart_static.a")):
+            raise NoToolkit(f"{folder} has nvcc but no libcudart_static.a")
+        printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+        release = re.search(r"release (\d+\.\d+)", printed.stdout)
+        if printed.returncode or not release:
+            raise NoToolkit(f"{nvcc} --version failed: {printed.stderr.strip() or printed.stdout.strip()}")
+        return Path(folder), release[1]
+    raise NoToolkit("no nvcc in CUDA_HOME, CUDA_PATH, /usr/local/cuda or on the PATH")
+
+
+class BuildKernels(build_ext):
+    """Per-file instruction levels, compiled side by side, and CUDA objects linked into the same module."""
+
+    def build_extension(self, ext: Extension) -> None:
+        build = Path(self.build_temp)
+        build.mkdir(parents=True, exist_ok=True)
+        include = [get_include(), str(CSRC)]
+        openmp = ["-fopenmp"] if sys.platform == "linux" else []
+        macros = [("SNMF_VERSION", VERSION), ("SNMF_COMPILER", self.compiler_version())]
+        objects, libraries = [], []
+        cuda = self.build_cuda(build)
+        if cuda:
+            cuda_objects, cuda_macros, link = cuda
+            objects += cuda_objects
+            macros += cuda_macros
+            libraries += link
+
+        jobs = {name: [*FLAGS, *WARNINGS, *openmp, *flags] for name, flags in LEVELS.items()}
+        jobs["dispatch.cpp"] = jobs["bindings.cpp"] = [*FLAGS, *WARNINGS, *openmp]
+        depends = [str(path) for path in CSRC.glob("*") if path.suffix in (".hpp", ".inc")]
+
+        def compile_one(job: tuple[str, list[str]]) -> list[str]:
+            name, flags = job
+            return self.compiler.compile(
+                [str(CSRC / name)],
+                output_dir=str(build),
+                macros=macros,
+                include_dirs=[*include, *self.compiler.include_dirs],
+                extra_postargs=flags,
+                depends=depends,
+            )
+
+        with ThreadPoolExecutor() as pool:
+            for made in pool.map(compile_one, jobs.items()):
+                objects += made
+        self.compiler.link_shared_object(
+            objects,
+            self.get_ext_fullpath(ext.name),
+            libraries=libraries,
+            extra_postargs=openmp,
+            target_lang="c++",
+            build_temp=str(build),
+        )
+
+    def compiler_version(self) -> str:
+        command = self.compiler.compiler_cxx[0] if getattr(self.compiler, "compiler_cxx", None) else "c++"
+        printed = subprocess.run([command, "-dumpfullversion"], capture_output=True, text=True)
+        return f"{Path(command).name}-{printed.stdout.strip() or 'unknown'}"
+
+    def build_cuda(self, build: Path) -> tuple[list[str], list[tuple[str, str]], list[str]] | None:
+        """Objects, macros and libraries of the CUDA part, or None if it is left out."""
+        wanted = os.environ.get("SNMF_CUDA", "auto")
+        if wanted not in ("auto", "0", "1"):
+            raise SystemExit(f"SNMF_CUDA: wanted auto, 0 or 1, got {wanted!r}")
+        if wanted == "0":
+            return None
+        try:
+            return self.compile_cuda(build)
+        except NoToolkit as reason:
+            if wanted == "1":
+                raise SystemExit(f"SNMF_CUDA=1, but CUDA code cannot be built: {reason}") from reason
+            print(f"snmf_kernels: building without CUDA code: {reason}", file=sys.stderr)
+            return None
+
+    def compile_cuda(self, build: Path) -> tuple[list[str], list[tuple[str, str]], list[str]]:
+        toolkit, release = find_toolkit()
+        archs = [arch.strip() for arch in os.environ.get("SNMF_CUDA_ARCHS", "80;90").split(";") if arch.strip()]
+        target = build / "ridge.o"
+        sources = [CSRC / "ridge.cu", CSRC / "ridge.hpp", CSRC / "cuda.hpp"]
+        command = [str(toolkit / "bin" / "nvcc"), "-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        command += ["-c", str(sources[0]), "-o", str(target), "--threads", "0"]
+        for arch in archs:
+            command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+        command += ["-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+        newest = max(path.stat().st_mtime for path in sources)
+        stamp = build / "ridge.command"
+        fresh = target.is_file() and target.stat().st_mtime > newest
+        if not (fresh and stamp.is_file() and stamp.read_text() == " ".join(command)):
+            print(" ".join(command))
+            made = subprocess.run(command, capture_output=True, text=True)
+            if made.returncode:
+                raise NoToolkit(f"nvcc failed:\n{made.stderr or made.stdout}")
+            stamp.write_text(" ".join(command))
+        static = next(iter(sorted(toolkit.glob("**/libcudart_static.a"))))
+        macros = [
+            ("SNMF_WITH_CUDA", "1"),
+            ("SNMF_CUDA_VERSION", release),
+            ("SNMF_CUDA_ARCHITECTURES", "_".join(f"sm_{arch}" for arch in archs) + f"_compute_{archs[-1]}"),
+        ]
+        return [str(target), str(static)], macros, ["dl", "rt", "pthread"]
+
+
+setup(
+    ext_modules=[Extension("snmf_kernels._C", [str(CSRC / "bindings.cpp")])],
+    cmdclass={"build_ext": BuildKernels},
+)

@@ -1,0 +1,24 @@
+"""A compiled solver for sparse semi-nonnegative matrix factorisation: ``A ≈ Z Y``, Y >= 0, Z sparse by column.
+
+``fit`` is the entry point; ``python -m snmf_kernels`` shows what runs on this machine.
+"""
+
+from . import ops, reference
+from ._backends import BackendError
+from ._version import __version__
+from .factorization import Encoding, Factorization, StopReason
+from .solver import IterationState, fit
+from .sparse import SparseColumns
+
+__all__ = [
+    "BackendError",
+    "Encoding",
+    "Factorization",
+    "IterationState",
+    "SparseColumns",
+    "StopReason",
+    "__version__",
+    "fit",
+    "ops",
+    "reference",
+]

@@ -1,0 +1,192 @@
+"""The only place that chooses a backend, and says why one was refused.
+
+A *backend* is a module with functions named like those of ``reference``. ``choose`` is a pure function of its arguments and the
+machine: a backend that was named runs or raises, only ``"auto"`` falls back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+OPERATIONS = (
+    "multiplicative_update",
+    "coordinate_descent",
+    "winner_take_all",
+    "sparse_product",
+    "ridge_solve",
+)
+# In order of preference.
+BACKENDS = ("cpp", "triton", "cuda", "torch")
+PROVIDES = {
+    "cpp": OPERATIONS,
+    "triton": ("multiplicative_update", "winner_take_all"),
+    "cuda": ("ridge_solve",),
+    "torch": OPERATIONS,
+}
+# What completes a backend that does not provide every operation of `fit`.
+COMPANIONS = {"cpp": (), "triton": ("cuda", "torch"), "cuda": ("triton", "torch"), "torch": ()}
+_MODULES = {"cpp": "_cpp", "triton": "_triton", "cuda": "_cuda", "torch": "reference"}
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for cannot run here; the text says why and what to do."""
+
+
+class Choice(NamedTuple):
+    """A chosen backend and its function for one operation."""
+
+    backend: str
+    function: Callable[..., Any]
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def compiled_module() -> ModuleType | str:
+    """The module ``_C``, or why it cannot be imported."""
+    try:
+        return importlib.import_module("snmf_kernels._C")
+    except ImportError as error:
+        here = os.path.dirname(os.path.abspath(__file__))
+        return (
+            f"snmf_kernels._C cannot be imported from {here} ({error}); in a source checkout run "
+            "'pip install -e .' first, elsewhere reinstall snmf-kernels"
+        )
+
+
+def refusal(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    operation: str | None = None,
+    k: int | None = None,
+) -> str | None:
+    """Why ``backend`` cannot run ``operation`` (None: anything) on tensors of this device and dtype; None if it can."""
+    if operation is not None and operation not in PROVIDES[backend]:
+        return f"it has no {operation} (it provides {', '.join(PROVIDES[backend])})"
+    if backend == "torch":
+        return None
+    if dtype not in (torch.float32, torch.float64):
+        return f"it computes in float32 or float64, not {str(dtype).removeprefix('torch.')}"
+    if backend == "cpp":
+        if device.type != "cpu":
+            return f"it runs on the CPU, the tensors are on {device}"
+        module = compiled_module()
+        return module if isinstance(module, str) else None
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install triton)"
+        if device.type != "cuda" and not (device.type == "cpu" and _interpreting()):
+            return f"it runs on CUDA and ROCm devices, the tensors are on {device}"
+        return None
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"it runs on CUDA devices, the tensors are on {device}"
+    module = compiled_module()
+    if isinstance(module, str):
+        return module
+    if module.build_info()["cuda"] is None:
+        return "this build of snmf_kernels has no CUDA code (reinstall it where a CUDA toolkit is found, SNMF_CUDA=1)"
+    if module.cuda_device_count() == 0:
+        return "the CUDA runtime of snmf_kernels finds no device (is the driver older than the toolkit?)"
+    if k is not None and operation == "ridge_solve":
+        from . import _cuda
+
+        largest = _cuda.ridge_max_k(device.index or 0, dtype)
+        if k > largest:
+            return f"a system of k = {k} does not fit shared memory (at most {largest} on {device})"
+    return None
+
+
+def choose(
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str = "auto",
+    k: int | None = None,
+) -> Choice:
+    """The backend and function that run one operation.
+
+    Raises:
+        ValueError: no such backend.
+        BackendError: the named backend cannot run the operation here.
+    """
+    if backend == "auto":
+        # Interpreted kernels are for tests: on the CPU they are chosen by name only.
+        for name in BACKENDS:
+            interpreted = name == "triton" and device.type == "cpu"
+            if not interpreted and refusal(name, device, dtype, operation, k) is None:
+                return Choice(name, _function(name, operation))
+        raise AssertionError("the torch backend refuses nothing")
+    check_name(backend)
+    reason = refusal(backend, device, dtype, operation, k)
+    if reason is not None:
+        raise BackendError(f"backend: {backend!r} cannot run {operation}: {reason}; use backend='auto'")
+    return Choice(backend, _function(backend, operation))
+
+
+def check_name(backend: str) -> None:
+    """Raises ValueError unless ``backend`` is a known name."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend: wanted one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+
+
+class Kernels(NamedTuple):
+    """One function for each operation, and the name of the backend that leads."""
+
+    backend: str
+    multiplicative_update: Callable[..., Any]
+    coordinate_descent: Callable[..., Any]
+    winner_take_all: Callable[..., Any]
+    sparse_product: Callable[..., Any]
+    ridge_solve: Callable[..., Any]
+
+
+def choose_all(device: torch.device, dtype: torch.dtype, backend: str = "auto", k: int | None = None) -> Kernels:
+    """Functions for all operations, as ``fit`` needs them.
+
+    A named backend must provide at least one operation here; its companions (``COMPANIONS``) fill the gaps. The solves
+    may be of another dtype than the rest, so they are looked up for float64.
+    """
+    check_name(backend)
+    if backend != "auto":
+        reason = refusal(backend, device, dtype)
+        if reason is not None:
+            raise BackendError(f"backend: {backend!r} cannot run here: {reason}; use backend='auto'")
+    order = BACKENDS if backend == "auto" else (backend, *COMPANIONS[backend])
+    functions = {}
+    chosen = {}
+    for operation in OPERATIONS:
+        needed = torch.float64 if operation == "ridge_solve" and device.type != "mps" else dtype
+        for name in order:
+            if backend == "auto" and name == "triton" and device.type == "cpu":
+                continue
+            if refusal(name, device, needed, operation, k) is None:
+                functions[operation], chosen[operation] = _function(name, operation), name
+                break
+        else:
+            raise BackendError(f"backend: {backend!r} has nothing to run {operation} on {device}; use backend='auto'")
+    return Kernels(chosen["multiplicative_update"] if backend == "auto" else backend, **functions)
+
+
+def report() -> dict[str, str]:
+    """For each backend ``"usable"`` or the reason why it is not, on the best device of this machine."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return {
+        name: refusal(name, torch.device("cpu") if name == "cpp" else device, torch.float32) or "usable"
+        for name in BACKENDS
+    }
+
+
+def _function(backend: str, operation: str) -> Callable[..., Any]:
+    module = importlib.import_module(f"snmf_kernels.{_MODULES[backend]}")
+    return getattr(module, operation)  # type: ignore[no-any-return]  # each module defines what PROVIDES lists

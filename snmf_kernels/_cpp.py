@@ -1,0 +1,80 @@
+"""Launchers of the compiled CPU kernels: the names and signatures of ``reference``, addresses passed to ``_C``.
+
+Arguments are taken as checked (``ops`` does so for users): CPU tensors, float32 or float64, consistent shapes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _C
+from .sparse import SparseColumns
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _row_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor itself if its rows lie together (any distance apart), else a copy."""
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] <= 1 else tensor.contiguous()
+
+
+def _row_stride(tensor: Tensor) -> int:
+    return tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1]
+
+
+def multiplicative_update(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, eps: float = 1e-6, sweeps: int = 1) -> Tensor:
+    Y, ZtA, ZtZ = _row_contiguous(Y), _row_contiguous(ZtA), ZtZ.contiguous()
+    k, n = Y.shape
+    out = torch.empty(k, n, dtype=Y.dtype)
+    _C.multiplicative_update(
+        _name(Y), Y.data_ptr(), _row_stride(Y), ZtA.data_ptr(), _row_stride(ZtA), ZtZ.data_ptr(),
+        out.data_ptr(), n, k, n, eps, sweeps, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def coordinate_descent(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, sweeps: int = 1) -> Tensor:
+    Y, ZtA, ZtZ = _row_contiguous(Y), _row_contiguous(ZtA), ZtZ.contiguous()
+    k, n = Y.shape
+    out = torch.empty(k, n, dtype=Y.dtype)
+    _C.coordinate_descent(
+        _name(Y), Y.data_ptr(), _row_stride(Y), ZtA.data_ptr(), _row_stride(ZtA), ZtZ.data_ptr(),
+        out.data_ptr(), n, k, n, sweeps, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def winner_take_all(Z: Tensor, count: int) -> SparseColumns:
+    d, k = Z.shape
+    indices = torch.empty(k, count, dtype=torch.int64)
+    values = torch.empty(k, count, dtype=Z.dtype)
+    _C.winner_take_all(
+        _name(Z), Z.data_ptr(), Z.stride(0), Z.stride(1), d, k, count,
+        indices.data_ptr(), values.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return SparseColumns(indices, values, d)
+
+
+def sparse_product(Z: SparseColumns, A: Tensor) -> Tensor:
+    indices, values = Z.indices.contiguous(), Z.values.contiguous()
+    d, n = A.shape
+    out = torch.empty(Z.k, n, dtype=values.dtype)
+    _C.sparse_product(
+        _name(values), _name(A), A.data_ptr(), A.stride(0), A.stride(1), d, n,
+        indices.data_ptr(), values.data_ptr(), Z.k, indices.shape[1], out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def ridge_solve(G: Tensor, B: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
+    G, B = G.contiguous(), B.contiguous()
+    batch, k, m = B.shape
+    X, info = torch.empty_like(B), torch.empty(batch, dtype=torch.int32)
+    _C.ridge_solve(
+        _name(G), G.data_ptr(), B.data_ptr(), X.data_ptr(), info.data_ptr(), batch, k, m, ridge,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return X, info

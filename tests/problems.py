@@ -1,0 +1,70 @@
+"""Random problems, comparisons and an independent transcription of the published iteration."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Largest relative Frobenius error against the float64 reference, by dtype. Each is about five times the worst seen over all shapes of
+# tests/test_operations.py and all backends (2026-11: float32 8.4e-7, with the solves of G + 0.1 I at 1.1e-5; float64 1.6e-14).
+TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13}
+SOLVE_TOLERANCE = {torch.float32: 6e-5, torch.float64: 1e-12}
+
+
+def relative_difference(got: Tensor, wanted: Tensor) -> float:
+    """``‖got − wanted‖ / ‖wanted‖`` in float64; NaN or infinity in ``got`` counts as infinite."""
+    got, wanted = got.detach().double().cpu(), wanted.detach().double().cpu()
+    assert got.shape == wanted.shape, f"shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
+    if not bool(got.isfinite().all()):
+        return math.inf
+    scale = float(wanted.norm())
+    difference = float((got - wanted).norm())
+    return difference / scale if scale > 0 else difference
+
+
+def assert_near(got: Tensor, wanted: Tensor, tolerance: float) -> None:
+    difference = relative_difference(got, wanted)
+    assert difference <= tolerance, f"relative difference {difference:.3g}, tolerance {tolerance:.3g}"
+
+
+def planted(d: int, n: int, k: int, *, keep: float, noise: float = 0.0, seed: int = 0, dtype=torch.float32):
+    """``(A, Z, Y)`` with sparse signed Z, sparse non-negative Y and ``A = Z Y + noise``."""
+    generator = torch.Generator().manual_seed(seed)
+    count = math.ceil(keep * d)
+    Z = torch.zeros(d, k, dtype=dtype)
+    for column in range(k):
+        rows = torch.randperm(d, generator=generator)[:count]
+        Z[rows, column] = torch.randn(count, generator=generator, dtype=dtype)
+    active = torch.rand(k, n, generator=generator) < 0.15
+    Y = torch.rand(k, n, generator=generator, dtype=dtype) * active
+    A = Z @ Y
+    return A + noise * A.std() * torch.randn(d, n, generator=generator, dtype=dtype), Z, Y
+
+
+def published_iteration(A: Tensor, Y: Tensor, keep: float, iterations: int, ridge: float = 1e-6):
+    """The five steps of paper.md in plain torch, dense throughout: ``(Z, Y, losses)`` of the last iteration.
+
+    Written apart from the package; selection by sorting (magnitude descending, row ascending) in Python.
+    """
+    k = Y.shape[0]
+    d = A.shape[0]
+    count = math.ceil(keep * d)
+    losses = []
+    Z = torch.zeros(d, k, dtype=A.dtype)
+    for _ in range(iterations):
+        Z = torch.linalg.solve(Y @ Y.T + ridge * torch.eye(k, dtype=A.dtype), Y @ A.T).T.contiguous()
+        for column in range(k):
+            magnitudes = Z[:, column].abs().tolist()
+            order = sorted(range(d), key=lambda row: (-magnitudes[row], row))
+            Z[order[count:], column] = 0
+        norms = Y.norm(dim=1)
+        norms[norms == 0] = 1
+        Y = Y / norms[:, None]
+        Z = Z * norms
+        P, Q = Z.T @ A, Z.T @ Z
+        plus, minus = (lambda x: (x.abs() + x) / 2), (lambda x: (x.abs() - x) / 2)
+        Y = Y * torch.sqrt((plus(P) + minus(Q) @ Y) / (minus(P) + plus(Q) @ Y + 1e-6))
+        losses.append(float((A - Z @ Y).square().sum()))
+    return Z, Y, losses

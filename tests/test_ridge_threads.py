@@ -1,0 +1,67 @@
+"""The CUDA solve's algorithm on host threads, watched by ThreadSanitizer; and what the compiled device code needs."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from snmf_kernels import _backends
+
+ROOT = Path(__file__).parents[1]
+COMPILER = shutil.which("g++") or shutil.which("c++")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+
+
+def build(folder: Path, *flags: str) -> Path:
+    program = folder / "ridge_threads"
+    command = [COMPILER, "-std=c++17", "-O1", "-g", "-pthread", "-Wall", "-Wextra", "-Werror", *flags]
+    command += ["-I", str(ROOT / "csrc"), str(ROOT / "tests/csrc/ridge_threads.cpp"), "-o", str(program)]
+    subprocess.run(command, check=True)
+    return program
+
+
+@needs_compiler
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_right_and_without_races(tmp_path, sanitizer):
+    run = subprocess.run([build(tmp_path, f"-fsanitize={sanitizer}")], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert float(run.stdout.removeprefix("worst residual")) < 1e-5
+
+
+@needs_compiler
+def test_a_missing_barrier_is_found(tmp_path):
+    program = build(tmp_path, "-fsanitize=thread", "-DSNMF_TEST_DROP_BARRIER")
+    run = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    assert run.returncode != 0
+    assert "data race" in run.stderr
+
+
+def test_device_code_does_not_spill():
+    module = _backends.compiled_module()
+    if module.build_info()["cuda"] is None:
+        pytest.skip("this build has no CUDA code")
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("no cuobjdump, neither CUDA's nor triton's")
+    usage = subprocess.run([tool, "--dump-resource-usage", module.__file__], capture_output=True, text=True, check=True).stdout
+    kernels = re.findall(r"Function (\S*ridge_kernel\S*):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    # Two types, a warp or a block to a system, two architectures.
+    assert len(kernels) == 8, usage
+    for name, registers, stack, _, local in kernels:
+        assert int(registers) <= 64, f"{name}: {registers} registers"  # 512 threads and two blocks to a multiprocessor
+        assert int(stack) == int(local) == 0, f"{name}: stack {stack}, local {local}"
+
+
+def cuobjdump() -> str | None:
+    found = shutil.which("cuobjdump") or shutil.which("/usr/local/cuda/bin/cuobjdump")
+    if found is None:
+        try:
+            import triton
+        except ImportError:
+            return None
+        found = shutil.which(str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"))
+    return found
