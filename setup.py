@@ -32,7 +32,14 @@ LEVELS = (
     else {"isa_baseline.cpp": []}
 )
 # No -ffast-math: NaN and infinity must stay visible. sqrt needs no errno, and may be vectorised then.
-FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
 
 
@@ -127,10 +134,18 @@ class BuildKernels(build_ext):
 
     def compile_cuda(self, build: Path) -> tuple[list[str], list[tuple[str, str]], list[str]]:
         toolkit, release = find_toolkit()
-        archs = [arch.strip() for arch in os.environ.get("SNMF_CUDA_ARCHS", "80;90").split(";") if arch.strip()]
+        archs = [
+            arch.strip() for arch in os.environ.get("SNMF_CUDA_ARCHS", "80;90").split(";") if arch.strip()
+        ]
         target = build / "ridge.o"
         sources = [CSRC / "ridge.cu", CSRC / "ridge.hpp", CSRC / "cuda.hpp"]
-        command = [str(toolkit / "bin" / "nvcc"), "-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        command = [
+            str(toolkit / "bin" / "nvcc"),
+            "-O3",
+            "-std=c++17",
+            "-Xcompiler",
+            "-fPIC,-fvisibility=hidden",
+        ]
         command += ["-c", str(sources[0]), "-o", str(target), "--threads", "0"]
         for arch in archs:
             command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]

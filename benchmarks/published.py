@@ -1,7 +1,7 @@
 """The published loop as a baseline: the five steps of the paper in plain torch, as its description and costs have them.
 
-Dense throughout: Z is stored dense, Q⁺ and Q⁻ are multiplied apart, the loss is that of the dense residual, and it is fetched in
-every iteration for the patience test.
+Dense throughout: Z is stored dense, Q⁺ and Q⁻ are multiplied apart, the loss is that of the dense residual,
+and it is fetched in every iteration for the patience test.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from torch import Tensor
 
 
 class PublishedLoop:
-    """State of the loop on ``A [d, n]`` (float32 or float64, any device); ``step()`` runs one iteration and returns its loss."""
+    """State of the loop on ``A [d, n]`` (float32 or float64, any device).
+
+    ``step()`` runs one iteration and returns its loss.
+    """
 
     def __init__(self, A: Tensor, k: int, keep: float = 0.01, ridge: float = 1e-6, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -39,12 +42,17 @@ class PublishedLoop:
         return float((A - Z @ Y).square().sum())
 
 
-def synthetic_activations(d: int, n: int, *, seed: int = 0, device: str = "cpu", dtype=torch.float32) -> Tensor:
-    """Activations with a realistic spectrum: sparse and heavy-tailed by neuron, low rank plus noise. ``[d, n]`` as a view of
-    token-major storage, as hooks deliver them."""
+def synthetic_activations(
+    d: int, n: int, *, seed: int = 0, device: str = "cpu", dtype=torch.float32
+) -> Tensor:
+    """Activations ``[d, n]`` with a realistic spectrum: sparse and heavy-tailed by neuron, low rank plus noise.
+
+    A view of token-major storage, as hooks deliver them.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     rank = 256
-    neurons = torch.randn(d, rank, generator=generator, device=device) * (torch.rand(d, rank, generator=generator, device=device) < 0.05)
+    used = torch.rand(d, rank, generator=generator, device=device) < 0.05
+    neurons = torch.randn(d, rank, generator=generator, device=device) * used
     loudness = torch.exp(0.8 * torch.randn(d, 1, generator=generator, device=device))
     topics = torch.relu(torch.randn(n, rank, generator=generator, device=device) - 1.0)
     acts = topics @ (neurons * loudness).T

@@ -126,7 +126,8 @@ void cuda_ridge_solve(const std::string& dtype, Address G, Address B, Address X,
             error = snmf::cuda::ridge_solve<T>(at<T>(G), at<T>(B), at<T>(X), at<int32_t>(info), batch, k, m,
                                                static_cast<T>(ridge), device, stream);
         }
-        if (error) throw std::runtime_error(std::string("ridge_solve on CUDA device ") + std::to_string(device) + ": " + error);
+        if (error)
+            throw std::runtime_error("ridge_solve on CUDA device " + std::to_string(device) + ": " + error);
     });
 }
 #endif
@@ -164,7 +165,8 @@ PYBIND11_MODULE(_C, module) {
         "set_level",
         [](const std::string& name) {
             if (!snmf::set_level(name.c_str()))
-                throw py::value_error("level: wanted one of " + std::string(snmf::supported_levels()) + ", got '" + name + "'");
+                throw py::value_error("level: wanted one of " + std::string(snmf::supported_levels()) +
+                                      ", got '" + name + "'");
         },
         py::arg("name"), "Use the CPU kernels of this instruction level from now on, in the whole process.");
 

@@ -1,6 +1,6 @@
-// CUDA launchers of the regularised solve: one warp per system up to k = 32, one block with the factor in shared
-// memory above. A system with many right-hand sides is spread over several groups, each of which factorises it anew: the
-// factor of a system that fits shared memory costs less than passing it on.
+// CUDA launchers of the regularised solve: one warp per system up to k = 32, one block with the factor in
+// shared memory above. A system with many right-hand sides is spread over several groups, each of which
+// factorises it anew: the factor of a system that fits shared memory costs less than passing it on.
 #include <cuda_runtime.h>
 
 #include "cuda.hpp"

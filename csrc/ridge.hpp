@@ -30,8 +30,9 @@ inline int64_t ridge_workspace(int64_t k, int64_t width) {
 // Element (i, j), j <= i, of a packed lower triangle.
 SNMF_DEVICE int packed(int i, int j) { return i * (i + 1) / 2 + j; }
 
-// Solves for `width` right-hand sides. G and B point at this system and at its first right-hand side; rows of B and X are
-// `m` apart. Returns 0, or the 1-based pivot that was not positive, and then fills X with NaN; the same on all threads.
+// Solves for `width` right-hand sides. G and B point at this system and at its first right-hand side; rows of
+// B and X are `m` apart. Returns 0, or the 1-based pivot that was not positive, and then fills X with NaN;
+// the same on all threads.
 template <typename T, typename Group>
 SNMF_DEVICE int ridge_solve_group(Group& group, const T* G, const T* B, T* X, int k, int64_t m, int width, T ridge,
                                   T* workspace) {

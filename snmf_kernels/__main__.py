@@ -20,7 +20,11 @@ def _version_of(package: str) -> str:
 
 
 def _facts() -> list[tuple[str, list[tuple[str, str]]]]:
-    versions = [("snmf-kernels", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
+    versions = [
+        ("snmf-kernels", __version__),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+    ]
     versions += [("numpy", np.__version__)]
     versions += [(name, _version_of(name)) for name in ("safetensors", "triton", "transformers")]
     module = _backends.compiled_module()
@@ -32,12 +36,22 @@ def _facts() -> list[tuple[str, list[tuple[str, str]]]]:
             ("compiler", info["compiler"]),
             ("CPU levels", f"{info['levels']} usable here, {info['level']} in use (SNMF_CPU_ISA caps it)"),
             ("OpenMP", "yes" if info["openmp"] else "no"),
-            ("CUDA code", f"{info['cuda']} for {info['cuda_architectures'].replace('_', ' ')}" if info["cuda"] else "none"),
+            (
+                "CUDA code",
+                f"{info['cuda']} for {info['cuda_architectures'].replace('_', ' ')}"
+                if info["cuda"]
+                else "none",
+            ),
         ]
     machine = [("platform", platform.platform()), ("threads", str(torch.get_num_threads()))]
     if torch.cuda.is_available():
         machine += [(f"GPU {i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
-    return [("Versions", versions), ("Build", build), ("Machine", machine), ("Backends", list(_backends.report().items()))]
+    return [
+        ("Versions", versions),
+        ("Build", build),
+        ("Machine", machine),
+        ("Backends", list(_backends.report().items())),
+    ]
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The only place that chooses a backend, and says why one was refused.
 
-A *backend* is a module with functions named like those of ``reference``. ``choose`` is a pure function of its arguments and the
-machine: a backend that was named runs or raises, only ``"auto"`` falls back.
+A *backend* is a module with functions named like those of ``reference``. ``choose`` is a pure function of its
+arguments and the machine: a backend that was named runs or raises, only ``"auto"`` falls back.
 """
 
 from __future__ import annotations
@@ -151,7 +151,9 @@ class Kernels(NamedTuple):
     ridge_solve: Callable[..., Any]
 
 
-def choose_all(device: torch.device, dtype: torch.dtype, backend: str = "auto", k: int | None = None) -> Kernels:
+def choose_all(
+    device: torch.device, dtype: torch.dtype, backend: str = "auto", k: int | None = None
+) -> Kernels:
     """Functions for all operations, as ``fit`` needs them.
 
     A named backend must provide at least one operation here; its companions (``COMPANIONS``) fill the gaps. The solves
@@ -174,7 +176,9 @@ def choose_all(device: torch.device, dtype: torch.dtype, backend: str = "auto", 
                 functions[operation], chosen[operation] = _function(name, operation), name
                 break
         else:
-            raise BackendError(f"backend: {backend!r} has nothing to run {operation} on {device}; use backend='auto'")
+            raise BackendError(
+                f"backend: {backend!r} has nothing to run {operation} on {device}; use backend='auto'"
+            )
     return Kernels(chosen["multiplicative_update"] if backend == "auto" else backend, **functions)
 
 
@@ -189,4 +193,4 @@ def report() -> dict[str, str]:
 
 def _function(backend: str, operation: str) -> Callable[..., Any]:
     module = importlib.import_module(f"snmf_kernels.{_MODULES[backend]}")
-    return getattr(module, operation)  # type: ignore[no-any-return]  # each module defines what PROVIDES lists
+    return getattr(module, operation)

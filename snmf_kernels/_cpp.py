@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _C
+import snmf_kernels._C as _C
+
 from .sparse import SparseColumns
 
 

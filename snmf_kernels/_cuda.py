@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import _C
+import snmf_kernels._C as _C
 
 
 @cache

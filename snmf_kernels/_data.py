@@ -32,11 +32,13 @@ def as_matrix(name: str, value: Any, *, allow_empty: bool = False) -> Tensor:
         raise TypeError(f"{name}: wanted a torch tensor or a numpy array, got {type(value).__name__}")
     if value.dtype not in _DTYPES:
         raise TypeError(
-            f"{name}: wanted dtype float16, bfloat16, float32 or float64, got {str(value.dtype).removeprefix('torch.')}; "
-            f"convert it with {name}.float() or {name}.astype('float32')"
+            f"{name}: wanted dtype float16, bfloat16, float32 or float64, "
+            f"got {str(value.dtype).removeprefix('torch.')}; convert it with {name}.float() or {name}.astype('float32')"
         )
     if value.layout != torch.strided:
-        raise TypeError(f"{name}: wanted a dense tensor, got layout {value.layout}; convert it with {name}.to_dense()")
+        raise TypeError(
+            f"{name}: wanted a dense tensor, got layout {value.layout}; convert it with {name}.to_dense()"
+        )
     if value.ndim != 2:
         raise ValueError(f"{name}: wanted a matrix [d, n] (neurons x tokens), got shape {tuple(value.shape)}")
     if value.numel() == 0 and not allow_empty:
@@ -57,7 +59,9 @@ def _from_numpy(name: str, array: np.ndarray) -> Tensor:
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return torch.from_numpy(array)
     except TypeError as error:
-        raise TypeError(f"{name}: wanted dtype float16, bfloat16, float32 or float64, got {array.dtype}") from error
+        raise TypeError(
+            f"{name}: wanted dtype float16, bfloat16, float32 or float64, got {array.dtype}"
+        ) from error
 
 
 class DataMatrix:
@@ -110,7 +114,10 @@ class DataMatrix:
         """Tokens in blocks, converted to the working dtype and scaled."""
         for tokens, block in self._raw_blocks():
             converted = block.to(self.dtype)
-            yield tokens, converted if self._inverse_scale is None else converted * self._inverse_scale[:, None]
+            yield (
+                tokens,
+                converted if self._inverse_scale is None else converted * self._inverse_scale[:, None],
+            )
 
     def columns(self, tokens: Tensor) -> Tensor:
         """The columns of some tokens, converted and scaled, ``[d, len(tokens)]``."""
@@ -144,10 +151,10 @@ class DataMatrix:
             return self.transposed_times(Z.to_dense())
         # The compiled product converts as it reads.
         scaled = Z if self._inverse_scale is None else Z.scaled_rows(self._inverse_scale)
-        return self.kernels.sparse_product(scaled, self.A)  # type: ignore[no-any-return]
+        return self.kernels.sparse_product(scaled, self.A)
 
     def unscaled_residual_row_squares(self, Z: Tensor, Y: Tensor) -> Tensor:
-        """Squared norms ``[d]`` of the rows of ``A − Z Y`` in the units of A, whatever the neuron scale; block by block."""
+        """Squared norms ``[d]`` of the rows of ``A − Z Y`` in the units of A, whatever the neuron scale."""
         squares = torch.zeros_like(self.row_squares)
         for tokens, block in self._raw_blocks():
             residual = torch.addmm(block.to(self.dtype), Z, Y[:, tokens], alpha=-1)
@@ -181,10 +188,12 @@ class DataMatrix:
                 first = (row, tokens.start + column, float(block[row, column]))
             count += found
         if first is None:
-            raise ValueError("A: the squares of its values overflow; divide it by its largest magnitude first")
+            raise ValueError(
+                "A: the squares of its values overflow; divide it by its largest magnitude first"
+            )
         raise ValueError(
-            f"A: wanted finite values, got {count} of {self.A.numel()} NaN or infinite, the first ({first[2]}) at neuron "
-            f"{first[0]}, token {first[1]}; drop those tokens or replace the values"
+            f"A: wanted finite values, got {count} of {self.A.numel()} NaN or infinite, the first ({first[2]}) "
+            f"at neuron {first[0]}, token {first[1]}; drop those tokens or replace the values"
         )
 
 

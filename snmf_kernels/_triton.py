@@ -1,8 +1,8 @@
 """Triton kernels and their launchers: the names and signatures of ``reference``.
 
-One program of ``multiplicative_update`` computes a tile of the new Y; one program of ``winner_take_all`` finds the threshold of one
-column and writes what it keeps. With ``TRITON_INTERPRET=1`` in the environment before the first import they run on
-CPU tensors, for tests.
+One program of ``multiplicative_update`` computes a tile of the new Y; one program of ``winner_take_all``
+finds the threshold of one column and writes what it keeps. With ``TRITON_INTERPRET=1`` in the environment
+before the first import they run on CPU tensors, for tests.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .sparse import SparseColumns
 class UpdateConfig:
     """Tile of ``multiplicative_update``: features of a program, features of one step of its sums, tokens.
 
-    ``precision`` is that of the products on CUDA devices: ``"ieee"`` (float32 multiply-adds) or ``"tf32x3"`` (three tensor-core
-    products of split operands, about as exact as float32).
+    ``precision`` is Triton's ``input_precision`` of the products: ``"ieee"`` means float32 multiply-adds,
+    without tensor cores.
     """
 
     block_k: int
@@ -33,10 +33,12 @@ class UpdateConfig:
     precision: str
 
 
-# By dtype, and by whether k needs more than one row of tiles.
+# By dtype, and by whether k needs more than one row of tiles. Chosen for what compilation shows (no spills on
+# sm_80, sm_90 and gfx942; tests/test_aot.py), not yet tuned on a device: benchmarks/gpu_report.py, stage
+# "tune", does that.
 UPDATE_CONFIGS: dict[tuple[torch.dtype, bool], UpdateConfig] = {
-    (torch.float32, False): UpdateConfig(32, 16, 64, 4, 2, "tf32x3"),
-    (torch.float32, True): UpdateConfig(64, 16, 64, 4, 3, "tf32x3"),
+    (torch.float32, False): UpdateConfig(32, 16, 64, 4, 2, "ieee"),
+    (torch.float32, True): UpdateConfig(64, 16, 128, 8, 3, "ieee"),
     (torch.float64, False): UpdateConfig(32, 16, 32, 4, 2, "ieee"),
     (torch.float64, True): UpdateConfig(32, 16, 32, 4, 2, "ieee"),
 }
@@ -45,11 +47,14 @@ SELECT_WARPS = 8
 
 
 @triton.jit
-def multiplicative_update_kernel(
+def multiplicative_update_kernel(  # type: ignore[no-untyped-def]  # typed at the launch
     y_ptr, p_ptr, q_ptr, out_ptr, k, n, y_stride, p_stride, out_stride, eps,
     BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = y * sqrt((p⁺ + q⁻ y) / (p⁻ + q⁺ y + eps)) for a [BLOCK_K, BLOCK_N] tile; y is read whole, so out is not y."""
+    """out = y * sqrt((p⁺ + q⁻ y) / (p⁻ + q⁺ y + eps)) for a [BLOCK_K, BLOCK_N] tile.
+
+    Each program reads all rows of y, so that out must be another buffer.
+    """
     rows = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     columns = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside, column_inside = rows < k, columns < n
@@ -68,8 +73,12 @@ def multiplicative_update_kernel(
             mask=other_inside[:, None] & column_inside[None, :],
             other=0.0,
         )
-        positive = tl.dot(tl.maximum(q, 0.0), y, positive, input_precision=PRECISION, out_dtype=positive.dtype)
-        negative = tl.dot(tl.maximum(-q, 0.0), y, negative, input_precision=PRECISION, out_dtype=negative.dtype)
+        positive = tl.dot(
+            tl.maximum(q, 0.0), y, positive, input_precision=PRECISION, out_dtype=positive.dtype
+        )
+        negative = tl.dot(
+            tl.maximum(-q, 0.0), y, negative, input_precision=PRECISION, out_dtype=negative.dtype
+        )
     inside = row_inside[:, None] & column_inside[None, :]
     wide_rows = rows[:, None].to(tl.int64)
     p = tl.load(p_ptr + wide_rows * p_stride + columns[None, :], mask=inside, other=0.0)
@@ -80,14 +89,15 @@ def multiplicative_update_kernel(
 
 
 @triton.jit
-def winner_take_all_kernel(
+def winner_take_all_kernel(  # type: ignore[no-untyped-def]  # likewise
     z_ptr, index_ptr, value_ptr, d, count, row_stride, column_stride,
     BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Keeps the ``count`` largest magnitudes of one column, of equal ones the lower rows, and writes them by row.
 
-    Magnitudes of floats order like their bits without the sign, so the ``count``-th largest is found bit by bit from the
-    top: the largest threshold that at least ``count`` entries reach. The column stays in cache between the passes.
+    Magnitudes of floats order like their bits without the sign, so the ``count``-th largest is found bit by
+    bit from the top: the largest threshold that at least ``count`` entries reach. The column stays in cache
+    between the passes.
     """
     column = tl.program_id(0).to(tl.int64)
     z_ptr += column * column_stride
@@ -137,13 +147,11 @@ def multiplicative_update(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, eps: float = 1e-6
         return Y.clone()
     config = UPDATE_CONFIGS[Y.dtype, k > UPDATE_CONFIGS[Y.dtype, False].block_k]
     grid = (triton.cdiv(k, config.block_k), triton.cdiv(n, config.block_n))
-    # Only NVIDIA's tensor cores know tf32.
-    precision = config.precision if torch.version.hip is None else "ieee"
     source, spare = Y, torch.empty_like(Y)
     for sweep in range(sweeps):
         multiplicative_update_kernel[grid](
             source, ZtA, ZtZ, spare, k, n, n, n, n, eps,
-            BLOCK_K=config.block_k, BLOCK_J=config.block_j, BLOCK_N=config.block_n, PRECISION=precision,
+            BLOCK_K=config.block_k, BLOCK_J=config.block_j, BLOCK_N=config.block_n, PRECISION=config.precision,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         # The caller's Y is only read: the second sweep needs a buffer of its own, later ones swap.

@@ -34,7 +34,9 @@ class StopReason(enum.Enum):
     """Why ``fit`` stopped; the value says what that means and what to do about it."""
 
     CONVERGED = "converged: the loss has not fallen by more than tol within the last patience iterations"
-    MAX_ITER = "max_iter reached while the loss was still falling: raise max_iter if you need the last percents"
+    MAX_ITER = (
+        "max_iter reached while the loss was still falling: raise max_iter if you need the last percents"
+    )
     EXACT = (
         "the loss is down to the rounding error of its own computation: the data is reproduced as well as this dtype "
         "can tell (a smaller k may do as well; dtype=torch.float64 resolves more)"
@@ -48,8 +50,9 @@ class Encoding:
 
     Attributes:
         Y: non-negative coefficients ``[k, m]``.
-        kkt_residual: distance from optimality, ``‖min(Y, (ZᵀZ Y − ZᵀA) / diag(ZᵀZ))‖ / ‖Y‖`` (Frobenius norms): the length of one
-            projected Newton step in each coordinate, relative to Y. Zero at the optimum.
+        kkt_residual: distance from optimality, ``‖min(Y, (ZᵀZ Y − ZᵀA) / diag(ZᵀZ))‖ / ‖Y‖`` (Frobenius
+            norms): the length of one projected Newton step in each coordinate, relative to Y. Zero at the
+            optimum.
         relative_error: ``‖A − Z Y‖² / ‖A‖²`` of the new activations.
     """
 
@@ -66,8 +69,9 @@ class Factorization:
         Z: features (neuron groups) in the units of A, ``[d, k]``; at most ``ceil(keep·d)`` non-zeros in each column.
         Y: non-negative coefficients ``[k, n]``.
         relative_error: ``‖A − Z Y‖² / ‖A‖²``, computed from the residual itself, in the units of A.
-        loss_history: the objective after each iteration, a tuple of floats. It is ``‖A − Z Y‖²``, of ``diag(1/s) A`` where a neuron scale
-            s was asked for; taken from Gram matrices, so that its rounding error is about 1e-7 ``‖A‖²`` in float32.
+        loss_history: the objective after each iteration, a tuple of floats. It is ``‖A − Z Y‖²``, of
+            ``diag(1/s) A`` where a neuron scale s was asked for; taken from Gram matrices, so that its
+            rounding error is about 1e-7 ``‖A‖²`` in float32.
         n_iter: iterations run.
         stop_reason: why the loop stopped, a :class:`StopReason`.
         backend: what ran it.
@@ -127,7 +131,9 @@ class Factorization:
         matrix = as_matrix("A", A)
         Z = _tensor(self.Z)
         if matrix.shape[0] != Z.shape[0]:
-            raise ValueError(f"A: wanted {Z.shape[0]} rows (neurons), as Z has, got shape {tuple(matrix.shape)}")
+            raise ValueError(
+                f"A: wanted {Z.shape[0]} rows (neurons), as Z has, got shape {tuple(matrix.shape)}"
+            )
         if not tol > 0:
             raise ValueError(f"tol: wanted a number > 0, got {tol}")
         if max_sweeps < 1:
@@ -155,7 +161,9 @@ class Factorization:
         """
         path = Path(path)
         if path.is_dir():
-            raise ValueError(f"path: wanted a file name, got the folder {path}; add a name such as 'factors.safetensors'")
+            raise ValueError(
+                f"path: wanted a file name, got the folder {path}; add a name such as 'factors.safetensors'"
+            )
         sparse = self._sparse_features(_tensor(self.Z).cpu())
         tensors = {
             "indices": sparse.indices,
@@ -203,9 +211,13 @@ class Factorization:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         except SafetensorError as error:
-            raise ValueError(f"path: {path} is damaged or no safetensors file ({error}); fit again or take another copy") from error
+            raise ValueError(
+                f"path: {path} is damaged or no safetensors file ({error}); fit again or take another copy"
+            ) from error
         if "snmf_kernels" not in metadata:
-            raise ValueError(f"path: {path} was not written by Factorization.save (it has no snmf_kernels header)")
+            raise ValueError(
+                f"path: {path} was not written by Factorization.save (it has no snmf_kernels header)"
+            )
         header = json.loads(metadata["snmf_kernels"])
         if header.get("format") != _FORMAT:
             raise ValueError(f"path: {path} holds {header.get('format')!r}, wanted {_FORMAT!r}")
@@ -239,7 +251,9 @@ class Factorization:
         return winner_take_all(Z, count)
 
 
-def solve_coefficients(data: DataMatrix, Z: SparseColumns, tol: float, max_sweeps: int) -> tuple[Tensor, float]:
+def solve_coefficients(
+    data: DataMatrix, Z: SparseColumns, tol: float, max_sweeps: int
+) -> tuple[Tensor, float]:
     """Non-negative least squares of ``data`` on the columns of Z: ``(Y [k, n], KKT residual)``.
 
     Coordinate descent in rounds, until the residual is at most ``tol`` or ``max_sweeps`` are done.
@@ -259,7 +273,10 @@ def solve_coefficients(data: DataMatrix, Z: SparseColumns, tol: float, max_sweep
 
 
 def kkt_residual(Y: Tensor, ZtA: Tensor, ZtZ: Tensor) -> float:
-    """``‖min(Y, (ZtZ Y − ZtA) / diag(ZtZ))‖ / ‖Y‖``, features with a zero column left out; 0 for Y = 0 at its optimum."""
+    """``‖min(Y, (ZtZ Y − ZtA) / diag(ZtZ))‖ / ‖Y‖``, features with a zero column left out.
+
+    Zero where Y = 0 is the optimum.
+    """
     diagonal = torch.diagonal(ZtZ)
     alive = diagonal > 0
     step = torch.addmm(ZtA[alive], ZtZ[alive], Y, beta=-1) / diagonal[alive, None]
@@ -276,5 +293,5 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(torch.uint8).numpy() if tensor.numel() else b"")
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

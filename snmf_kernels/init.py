@@ -23,8 +23,8 @@ def random_init(data: DataMatrix, k: int, generator: torch.Generator) -> tuple[T
 def svd_init(data: DataMatrix, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """``Z = U √Σ``, ``Y = max(√Σ Vᵀ, 1e-6)`` from the leading k singular triplets.
 
-    The triplets come from a randomised range finder with power iterations (Halko, Martinsson & Tropp 2011, algorithm 4.4). Where
-    k exceeds the rank that A can have, the remaining features start at random.
+    The triplets come from a randomised range finder with power iterations (Halko, Martinsson & Tropp 2011,
+    algorithm 4.4). Where k exceeds the rank that A can have, the remaining features start at random.
     """
     rank = min(k, data.d, data.n)
     width = min(rank + 10, data.d, data.n)
@@ -42,12 +42,14 @@ def svd_init(data: DataMatrix, k: int, generator: torch.Generator) -> tuple[Tens
     return Z, Y
 
 
-def kmeans_init(data: DataMatrix, k: int, generator: torch.Generator, max_iter: int = 20) -> tuple[Tensor, Tensor]:
+def kmeans_init(
+    data: DataMatrix, k: int, generator: torch.Generator, max_iter: int = 20
+) -> tuple[Tensor, Tensor]:
     """``Z`` = centroids of the tokens, ``Y`` = one-hot membership floored at 1e-6.
 
-    Seeds are drawn by squared distance (k-means++, Arthur & Vassilvitskii 2007); Lloyd's iterations follow until no token moves or
-    ``max_iter`` is reached; an empty cluster restarts at the token farthest from its centroid. Where k exceeds the number of
-    tokens, the remaining features start at random.
+    Seeds are drawn by squared distance (k-means++, Arthur & Vassilvitskii 2007); Lloyd's iterations follow
+    until no token moves or ``max_iter`` is reached; an empty cluster restarts at the token farthest from its
+    centroid. Where k exceeds the number of tokens, the remaining features start at random.
     """
     clusters = min(k, data.n)
     centroids = data.columns(_seeds(data, clusters, generator))

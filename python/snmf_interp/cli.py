@@ -1,0 +1,428 @@
+"""The ``snmf`` command. Commands that need torch or transformers import them: help comes at once."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+
+import typer
+from rich.logging import RichHandler
+from rich.text import Text
+
+from . import terminal
+
+if TYPE_CHECKING:
+    from .models import LanguageModel
+
+app = typer.Typer(
+    name="snmf",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Take the MLPs of a language model apart into groups of neurons that people can read.\n\n"
+    "Start with [bold]snmf demo[/bold]; for a model of your own: collect, then fit, then features.",
+)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="smollm2-135m or gemma-3-270m (bundled), a .gguf file, a local folder, or a Hub id.",
+    ),
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The run's folder, made by snmf collect.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda, …  [default: cuda when there is one, else cpu]")
+]
+ModelDtypeOption = Annotated[
+    str, typer.Option(help="Precision the model runs in: float32, bfloat16 or float16.")
+]
+StartOption = Annotated[
+    str, typer.Option(help="Token in front of every text: auto, none, or a token such as '<|endoftext|>'.")
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let the Hub repository run its own code.")
+]
+
+_debug = False
+
+
+@app.callback()
+def _main_options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and log messages.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    # Our own bar and lines say what happens; transformers' conversion bar would run through them.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    handler = RichHandler(
+        console=terminal.errors(), show_time=False, show_path=False, show_level=debug, rich_tracebacks=False
+    )
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.WARNING,
+        format="%(message)s",
+        handlers=[handler],
+        force=True,
+    )
+    logging.getLogger("snmf_interp").setLevel(logging.DEBUG if debug else logging.INFO)
+    if debug:
+        for noisy in ("urllib3", "filelock", "httpx", "httpcore", "torch"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _command(name: str) -> Callable[[Function], Function]:
+    """Register a command whose errors are one line on stderr.
+
+    The exit code is 2 for bad input, 1 for a failure, 130 for Ctrl-C.
+    """
+
+    def register(function: Function) -> Function:
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            try:
+                function(*args, **kwargs)
+            except (typer.Exit, typer.Abort):
+                raise
+            except KeyboardInterrupt:
+                terminal.errors().print(Text(f"\nstopped. {_saved(kwargs)}"))
+                raise typer.Exit(130) from None
+            except Exception as error:
+                if _debug:
+                    raise
+                bad_input = isinstance(error, ValueError | TypeError | FileNotFoundError | ImportError)
+                message = " ".join(str(error).split()) or type(error).__name__
+                kind = "error" if bad_input else f"error: {type(error).__name__}"
+                terminal.errors().print(Text.assemble((f"{kind}: ", "bold red"), message), soft_wrap=True)
+                if not bad_input:
+                    terminal.errors().print(Text("`snmf --debug …` shows where it happened", style="dim"))
+                raise typer.Exit(2 if bad_input else 1) from error
+
+        return cast(Function, app.command(name)(guarded))
+
+    return register
+
+
+def _saved(arguments: dict[str, Any]) -> str:
+    """What a run that was interrupted has kept, and how to go on."""
+    folder = arguments.get("out") or arguments.get("run")
+    if folder is None:
+        return "Nothing was to be saved."
+    folder = Path(folder)
+    if (
+        arguments.get("model") in (None, "smollm2-135m", "gemma-3-270m")
+        and (folder / str(arguments.get("model"))).is_dir()
+    ):
+        folder = folder / str(arguments.get("model"))
+    shards = len(list(folder.glob("activations/shard-*.safetensors")))
+    layers = len(list(folder.glob("layer_*/factors.safetensors")))
+    if not shards:
+        return "Nothing was saved yet; the same command starts afresh."
+    return (
+        f"{folder} keeps {shards} finished shard{'s'[: shards != 1]} of activations and {layers} factorised "
+        f"layer{'s'[: layers != 1]}; the same command goes on from there."
+    )
+
+
+@_command("collect")
+def collect(
+    model: ModelArgument,
+    texts: Annotated[
+        str,
+        typer.Argument(
+            metavar="TEXTS",
+            help="concepts (the bundled corpus), a text file (one sample a line), or .jsonl/.csv/.json with "
+            "text or prompt and optionally label.",
+        ),
+    ],
+    layers: Annotated[str, typer.Option(help="Such as 0-3,6 or all, or hook names: blocks.6.mlp.hook_post.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run. A collection cut short there is resumed.")],
+    batch_size: Annotated[int, typer.Option(help="Texts per forward pass.")] = 16,
+    max_tokens: Annotated[int, typer.Option(help="Cut longer texts to this many tokens.")] = 512,
+    chunk: Annotated[
+        int | None, typer.Option(help="Read a text file whole and cut it every so many words.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Stored precision: float32, bfloat16 or float16.  [default: the model's]"),
+    ] = None,
+    sink_threshold: Annotated[
+        float,
+        typer.Option(help="Leave out tokens whose activation norm exceeds this many medians; 0 keeps them."),
+    ] = 5.0,
+    padding_side: Annotated[str, typer.Option(help="right or left; the result is the same.")] = "right",
+    shard_tokens: Annotated[
+        int | None, typer.Option(help="Tokens per shard.  [default: about 128 MB a shard]")
+    ] = None,
+    model_dtype: ModelDtypeOption = "float32",
+    device: DeviceOption = None,
+    start_token: StartOption = "auto",
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Run MODEL over TEXTS and keep the hidden activations of its MLPs.
+
+    All layers are collected in one pass. Padding, the first position, special tokens and attention sinks are
+    left out, and the counts are reported. Interrupt it whenever you like: the same command resumes.
+    """
+    from .runs import Run
+    from .texts import read_texts
+
+    samples = read_texts(texts, chunk=chunk)
+    loaded = _load(model, model_dtype, device, start_token, revision, trust_remote_code)
+    started = time.perf_counter()
+    run = Run.collect(
+        out,
+        loaded,
+        samples,
+        layers,
+        texts=texts,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        dtype=dtype,
+        sink_threshold=sink_threshold or None,
+        padding_side=padding_side,
+        shard_tokens=shard_tokens,
+    )
+    screen = terminal.console()
+    terminal.done(
+        screen,
+        f"activations of layers {', '.join(map(str, run.layers))} in {out}",
+        time.perf_counter() - started,
+    )
+    terminal.counts(screen, run.config)
+    screen.print(Text(f"\nNext: snmf fit {out} --k 100 --neuron-scale rms"), soft_wrap=True)
+
+
+@_command("fit")
+def fit(
+    run: RunArgument,
+    k: Annotated[int, typer.Option(help="Features per layer.")] = 100,
+    layers: Annotated[
+        str | None, typer.Option(help="Such as 0-3,6.  [default: all that were collected]")
+    ] = None,
+    keep: Annotated[float, typer.Option(help="Fraction of neurons that a feature keeps.")] = 0.01,
+    neuron_scale: Annotated[
+        str,
+        typer.Option(
+            help="rms divides each neuron by its RMS first, so that no few neurons decide; or none."
+        ),
+    ] = "none",
+    solver: Annotated[str, typer.Option(help="auto, or mu: the paper's iteration.")] = "auto",
+    init: Annotated[str, typer.Option(help="random, svd or kmeans.")] = "random",
+    max_iter: Annotated[int | None, typer.Option(help="Most iterations.  [default: the solver's]")] = None,
+    tol: Annotated[
+        float | None, typer.Option(help="Relative gain that counts as progress.  [default: the solver's]")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Iterations without progress before it stops.  [default: the solver's]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random start.")] = 0,
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute, such as cuda.  [default: cpu]")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, cpp, triton, cuda or torch.")] = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace fits made with other options.")
+    ] = False,
+) -> None:
+    """Factorise the activations of a run, layer by layer. Layers that are finished already are kept."""
+    from .runs import Run
+
+    opened = Run.open(run)
+    wanted = opened.parse_layers(layers)
+    screen = terminal.console()
+    # What is not given is the solver's to choose.
+    limits: dict[str, Any] = {"max_iter": max_iter, "tol": tol, "patience": patience, "device": device}
+    records = opened.fit(
+        wanted,
+        k,
+        overwrite=overwrite,
+        progress=sys.stderr.isatty(),
+        keep=keep,
+        neuron_scale=None if neuron_scale == "none" else neuron_scale,
+        solver=solver,
+        init=init,
+        seed=seed,
+        backend=backend,
+        **{name: value for name, value in limits.items() if value is not None},
+    )
+    for layer, record in records:
+        terminal.fitted(screen, layer, record)
+    screen.print(Text(f"\nNext: snmf features {run} --layer {wanted[0]}"), soft_wrap=True)
+
+
+@_command("features")
+def features(
+    run: RunArgument,
+    layer: Annotated[int | None, typer.Option(help="Which layer.  [default: every factorised one]")] = None,
+    feature: Annotated[int | None, typer.Option(help="Show one feature in full.")] = None,
+    top: Annotated[int, typer.Option(help="Features to list per layer.")] = 10,
+    sort: Annotated[str, typer.Option(help="clarity, energy or index.")] = "clarity",
+    concept: Annotated[
+        str | None, typer.Option(help="Only features whose best concept is this label.")
+    ] = None,
+    contexts: Annotated[int, typer.Option(help="Contexts per feature.")] = 3,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line instead of a table.")
+    ] = False,
+    device: DeviceOption = None,
+) -> None:
+    """Show what the features of a factorised run stand for.
+
+    Each has its strongest tokens in context, the words it makes likelier than other features do (→, logit
+    lens), its neurons, and how much of the data it explains. The first call describes all features (which
+    needs the model) and keeps them in DIR/layer_N/features.jsonl.
+    """
+    import json
+    from dataclasses import asdict
+
+    from . import show
+    from .runs import Run
+
+    keys = {
+        "clarity": lambda f: (-f.clarity, f.index),
+        "energy": lambda f: (-f.energy, f.index),
+        "index": lambda f: f.index,
+    }
+    if sort not in keys:
+        raise ValueError(f"--sort: wanted clarity, energy or index, got {sort!r}")
+    if feature is not None and layer is None:
+        raise ValueError("--feature needs --layer")
+    opened = Run.open(run)
+    chosen = opened.fitted if layer is None else [layer]
+    if not chosen:
+        raise FileNotFoundError(f"{run} has no factorised layer yet: `snmf fit {run}`")
+    screen = terminal.console()
+    load = functools.cache(
+        lambda: _announce(opened.config["model"]["name"], lambda: opened.load_model(device=device))
+    )
+    for number in chosen:
+        found = opened.features(number, load)
+        if feature is not None:
+            if not 0 <= feature < len(found):
+                raise ValueError(f"--feature: layer {number} has features 0-{len(found) - 1}, got {feature}")
+            found = [found[feature]]
+        elif concept is not None:
+            named = [f for f in found if f.concept == concept]
+            if not named:
+                concepts = (
+                    ", ".join(sorted({f.concept for f in found if f.concept}))
+                    or "none: the texts have no labels"
+                )
+                raise ValueError(
+                    f"--concept: no feature of layer {number} has {concept!r} as its best concept; "
+                    f"there are {concepts}"
+                )
+            found = named
+        found = sorted(found, key=keys[sort])[: None if as_json else top]
+        if as_json:
+            for row in found:
+                typer.echo(json.dumps(asdict(row), ensure_ascii=False))
+        elif feature is not None:
+            screen.print(show.feature_page(found[0], screen.width, marks=not screen.is_terminal))
+        else:
+            screen.print(Text(f"\nLayer {number}, {len(found)} features by {sort}\n", style="bold"))
+            screen.print(
+                show.feature_table(found, screen.width, marks=not screen.is_terminal, contexts=contexts)
+            )
+
+
+@_command("demo")
+def demo(
+    model: Annotated[str, typer.Option(help="smollm2-135m or gemma-3-270m.")] = "smollm2-135m",
+    out: Annotated[
+        Path, typer.Option(help="The results go into a folder of the model's name in here.")
+    ] = Path("results"),
+    top: Annotated[int, typer.Option(help="Features to show per layer.")] = 6,
+) -> None:
+    """The whole story on a small real model: collect, factorise, and read what groups of neurons stand for.
+
+    Needs no account and no GPU. A few minutes the first time, most of it the model; seconds when run again.
+    """
+    from . import demo as story
+
+    story.run(terminal.console(), model, out, top)
+
+
+@_command("doctor")
+def doctor(
+    model: ModelArgument,
+    model_dtype: ModelDtypeOption = "float32",
+    device: DeviceOption = None,
+    start_token: StartOption = "auto",
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Check that what is captured from MODEL is what MODEL computes, and that MODEL is left as it was.
+
+    Each check is a line with its measured number. The exit code is 1 when one fails.
+    """
+    loaded = _load(model, model_dtype, device, start_token, revision, trust_remote_code)
+    from .doctor import check_model
+
+    screen = terminal.console()
+    screen.print(
+        Text.assemble(
+            (loaded.name, "bold"),
+            f"  {type(loaded.model).__name__}, {loaded.n_layers} layers, {loaded.d_mlp(0)} neurons, "
+            f"width {loaded.d_model}\n"
+            f"  site {loaded.hf_hook_name(0).replace('.0.', '.N.', 1)}",
+        )
+    )
+    failed = 0
+    for check in check_model(loaded):
+        failed += not check.passed
+        mark = ("✓ ", "bold green") if check.passed else ("✗ ", "bold red")
+        screen.print(Text.assemble(mark, check.name, (f"\n  {check.measured}", "dim")))
+    if failed:
+        raise typer.Exit(1)
+
+
+def _load(
+    name: str, dtype: str, device: str | None, start_token: str, revision: str | None, trust_remote_code: bool
+) -> LanguageModel:
+    import torch
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in dtypes:
+        raise ValueError(f"--model-dtype: wanted {', '.join(dtypes)}, got {dtype!r}")
+
+    def load() -> LanguageModel:
+        from .models import load_model
+
+        return load_model(
+            name,
+            device=device,
+            dtype=dtypes[dtype],
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            start_token=None if start_token == "none" else start_token,
+        )
+
+    return _announce(name, load)
+
+
+def _announce(name: str, load: Callable[[], LanguageModel]) -> LanguageModel:
+    with terminal.waiting(f"loading {name}"):
+        return load()
+
+
+def main() -> None:
+    """Entry point of ``snmf``. ``--debug`` may stand anywhere."""
+    arguments = sys.argv[1:]
+    if "--debug" in arguments:
+        arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
+    app(arguments)
+
+
+if __name__ == "__main__":
+    main()

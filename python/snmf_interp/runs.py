@@ -1,0 +1,307 @@
+"""A run: one folder with the activations of a corpus, a factorisation per layer, and their features.
+
+    config.json                     versions, model, texts, hook names, counts; per layer the options and
+    outcome of its fit activations/                    see snmf_interp.store
+    layer_6/factors.safetensors     snmf_kernels.Factorization
+    layer_6/features.jsonl          one snmf_interp.Feature a line
+
+Every step may be cut short: what is finished is kept, and the same step done again does only what is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import files
+
+if TYPE_CHECKING:
+    import snmf_kernels
+
+    from .features import Feature
+    from .models import LanguageModel
+    from .store import ActivationStore
+    from .texts import Sample
+
+FORMAT = 1
+CONFIG, ACTIVATIONS = "config.json", "activations"
+_PACKAGES = ("snmf-kernels", "torch", "transformers", "tokenizers", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder. Make one with :meth:`collect`, or :meth:`open` one."""
+
+    path: Path
+    config: dict[str, Any]
+
+    @classmethod
+    def collect(
+        cls,
+        path: str | Path,
+        model: LanguageModel,
+        samples: Sequence[Sample],
+        layers: str | int | Sequence[int | str],
+        *,
+        texts: str = "",
+        **options: Any,
+    ) -> Run:
+        """Collect the activations of a run, or finish a collection that was cut short.
+
+        Args:
+            path: the folder.
+            model, samples, layers: see :func:`snmf_interp.collect`, as for ``options``.
+            texts: where the samples came from, for the record.
+        """
+        from .activations import collect
+
+        folder = Path(path)
+        store = collect(model, samples, layers, out=folder / ACTIVATIONS, **options)
+        config = {
+            "format": FORMAT,
+            "versions": _versions(),
+            "model": store.plan["model"] | {"weights": store.plan["options"]["weights"]},
+            "texts": {"source": texts, "samples": len(samples), "digest": store.plan["options"]["texts"]},
+            "hook_names": store.plan["hook_names"],
+            "collect": store.plan["options"],
+            "counts": store.counts,
+            "layers": {},
+        }
+        if (folder / CONFIG).is_file():
+            config["layers"] = cls.open(folder).config["layers"]
+        files.write_json(folder / CONFIG, config)
+        return cls(folder, config)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """Open a run whose activations have been collected.
+
+        Raises:
+            FileNotFoundError: there is no run, or its collection has not finished.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder}: there is no such folder; make it with `snmf collect MODEL TEXTS --out {folder}`"
+            )
+        if not (folder / CONFIG).is_file():
+            # Says whether nothing was begun or something is unfinished.
+            from .store import ActivationStore
+
+            ActivationStore.open(folder / ACTIVATIONS)
+            raise FileNotFoundError(
+                f"{folder} has no {CONFIG}; run the same collect command again to finish it"
+            )
+        config = files.read_json(folder / CONFIG)
+        if config.get("format") != FORMAT:
+            raise ValueError(
+                f"{folder} has format {config.get('format')!r}; this version reads format {FORMAT}"
+            )
+        return cls(folder, config)
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers whose activations are there."""
+        return [int(layer) for layer in self.config["hook_names"]]
+
+    @property
+    def fitted(self) -> list[int]:
+        """The layers that have been factorised."""
+        return [layer for layer in self.layers if self.is_fitted(layer)]
+
+    def is_fitted(self, layer: int) -> bool:
+        """Whether ``layer`` has been factorised."""
+        return str(layer) in self.config["layers"] and self._factors(layer).is_file()
+
+    def parse_layers(self, layers: str | None) -> list[int]:
+        """Collected layers named by ``"0-3,6"``, hook names of either naming, or ``"all"``/None.
+
+        Raises:
+            ValueError: a part cannot be read, or names a layer that was not collected.
+        """
+        if layers is None or layers.strip() == "all":
+            return self.layers
+        names = {name: int(layer) for layer, pair in self.config["hook_names"].items() for name in pair}
+        have = ", ".join(map(str, self.layers))
+        found: set[int] = set()
+        for part in filter(None, (part.strip() for part in layers.split(","))):
+            first, _, last = part.partition("-")
+            if part in names:
+                found.add(names[part])
+            elif first.isdigit() and (last.isdigit() or "-" not in part):
+                found.update(range(int(first), int(last or first) + 1))
+            else:
+                raise ValueError(f"layers: cannot read {part!r}; wanted numbers and ranges among {have}")
+        if missing := sorted(found - set(self.layers)):
+            raise ValueError(f"layers: {missing[0]} was not collected; this run has {have}")
+        if not found:
+            raise ValueError(f"layers: {layers!r} names no layer; this run has {have}")
+        return sorted(found)
+
+    def store(self) -> ActivationStore:
+        """The activations."""
+        from .store import ActivationStore
+
+        return ActivationStore.open(self.path / ACTIVATIONS)
+
+    def fit(
+        self,
+        layers: Sequence[int],
+        k: int,
+        *,
+        overwrite: bool = False,
+        before_layer: Callable[[int], None] | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Factorise layers one after another; a layer that has the same options already is not fitted again.
+
+        Args:
+            layers: which.
+            k: features per layer.
+            overwrite: replace factorisations that were made with other options.
+            before_layer: called with each layer that is going to be fitted.
+            progress: show the solver's bar.
+            options: of :func:`snmf_kernels.fit`, JSON values only.
+
+        Yields:
+            Each layer with its record (options, iterations, error, seconds, and ``"reused"``), when it is
+            saved.
+
+        Raises:
+            ValueError: a layer was factorised with other options and ``overwrite`` is not set.
+        """
+        import snmf_kernels
+
+        wanted = {"k": k, **options}
+        todo = [layer for layer in layers if not self._has(layer, wanted, overwrite)]
+        store = self.store() if todo else None
+        for layer in layers:
+            if layer not in todo or store is None:
+                yield layer, self.config["layers"][str(layer)] | {"reused": True}
+                continue
+            if before_layer:
+                before_layer(layer)
+            started = time.perf_counter()
+            factors = snmf_kernels.fit(store.layer(layer).T, k, progress=progress, **options)
+            seconds = time.perf_counter() - started
+            # Neither the record nor the descriptions of old factors may outlive them.
+            self.features_path(layer).unlink(missing_ok=True)
+            if self.config["layers"].pop(str(layer), None):
+                files.write_json(self.path / CONFIG, self.config)
+            self._factors(layer).parent.mkdir(parents=True, exist_ok=True)
+            factors.save(self._factors(layer))
+            record = {
+                "options": wanted,
+                "solver_options": {name: _plain(value) for name, value in factors.options.items()},
+                "n_iter": int(factors.n_iter),
+                "stop_reason": str(factors.stop_reason.value),
+                "relative_error": float(factors.relative_error),
+                "dead_features": [int(i) for i in factors.dead_features],
+                "backend": str(factors.backend),
+                "seconds": round(seconds, 2),
+                "versions": _versions(),
+            }
+            self.config["layers"][str(layer)] = record
+            files.write_json(self.path / CONFIG, self.config)
+            yield layer, record | {"reused": False}
+
+    def factors(self, layer: int) -> snmf_kernels.Factorization:
+        """The factorisation of a layer.
+
+        Raises:
+            FileNotFoundError: it has not been made.
+        """
+        import snmf_kernels
+
+        if not self.is_fitted(layer):
+            raise FileNotFoundError(
+                f"layer {layer} of {self.path} is not factorised yet: `snmf fit {self.path} --layers {layer}`"
+            )
+        return snmf_kernels.Factorization.load(self._factors(layer))
+
+    def features(self, layer: int, model: LanguageModel | Callable[[], LanguageModel]) -> list[Feature]:
+        """The features of a layer, read from features.jsonl, or described now and written there.
+
+        Args:
+            layer: a fitted layer.
+            model: the model that the run was collected from, or what loads it; called only when it is needed.
+
+        Raises:
+            FileNotFoundError: the layer is not factorised.
+            ValueError: the model's weights are not those that the run was collected from.
+        """
+        from .features import describe, read_features, write_features
+        from .models import LanguageModel
+
+        path = self.features_path(layer)
+        if self.is_fitted(layer) and path.is_file():
+            return read_features(path)
+        factors = self.factors(layer)
+        loaded = model if isinstance(model, LanguageModel) else model()
+        if loaded.fingerprint() != self.config["model"]["weights"]:
+            raise ValueError(
+                f"model: the weights of {loaded.name!r} are not those that {self.path} was collected from"
+            )
+        features = describe(factors, self.store(), loaded, layer)
+        write_features(path, features)
+        return features
+
+    def load_model(self, *, device: str | None = None) -> LanguageModel:
+        """Load the model that the run was collected from, as it was loaded then."""
+        import torch
+
+        from .models import load_model
+
+        record = self.config["model"]
+        name = record["path"] if record["kind"] in ("gguf", "folder") else record["name"]
+        return load_model(
+            name,
+            device=device,
+            dtype=getattr(torch, self.config["collect"]["model_dtype"]),
+            revision=record.get("revision"),
+            start_token=self.config["collect"]["start_token"],
+        )
+
+    def features_path(self, layer: int) -> Path:
+        """Where a layer's features are, once described."""
+        return self.path / f"layer_{layer}" / "features.jsonl"
+
+    def _factors(self, layer: int) -> Path:
+        return self.path / f"layer_{layer}" / "factors.safetensors"
+
+    def _has(self, layer: int, wanted: dict[str, Any], overwrite: bool) -> bool:
+        """Whether ``layer`` is fitted with these options."""
+        if not self.is_fitted(layer):
+            return False
+        there = self.config["layers"][str(layer)]["options"]
+        if there == wanted:
+            return True
+        if overwrite:
+            return False
+        name = next(name for name in {**there, **wanted} if there.get(name) != wanted.get(name))
+        raise ValueError(
+            f"layer {layer} of {self.path} was factorised with {name} = {there.get(name)}, "
+            f"not {wanted.get(name)}; use --overwrite (overwrite=True) to replace it, or another folder"
+        )
+
+
+def _versions() -> dict[str, str]:
+    # A source checkout on the path has no metadata; better no version than a wrong one.
+    return {name: importlib.metadata.version(name) for name in _PACKAGES if _is_installed(name)}
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -1,0 +1,70 @@
+"""Lines that the commands have in common. Imports no torch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+# Where a file is written instead of a screen.
+_FILE_WIDTH = 100
+
+
+@functools.cache
+def errors() -> Console:
+    """The console on stderr; one, so that log lines and a moving status line do not cross."""
+    return Console(stderr=True, highlight=False)
+
+
+def console() -> Console:
+    """A console on stdout, as wide as the terminal, or 100 columns when there is none."""
+    made = Console(highlight=False)
+    return made if made.is_terminal else Console(highlight=False, width=_FILE_WIDTH)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A moving line on a terminal, nothing elsewhere."""
+    if not errors().is_terminal:
+        yield
+        return
+    with errors().status(what):
+        yield
+
+
+def done(screen: Console, what: str, seconds: float | None) -> None:
+    """A finished step and the time it took; None when an earlier run had done it."""
+    taken = "kept from before" if seconds is None else f"{seconds:.1f} s"
+    screen.print(Text.assemble(("✓ ", "bold green"), what, (f"  {taken}", "dim")))
+
+
+def counts(screen: Console, config: dict[str, Any]) -> None:
+    """How many tokens a run kept and left out, from its config."""
+    numbers = config["counts"]
+    kept = numbers["kept"].values()
+    total = f"{max(kept):,}" if len(set(kept)) == 1 else f"{min(kept):,} to {max(kept):,}"
+    sinks = ", ".join(f"{n:,} at layer {layer}" for layer, n in numbers["sinks"].items() if n)
+    left_out = (
+        f"{numbers['first_position']:,} at the first position",
+        f"{numbers['special']:,} special",
+        f"sinks {sinks}" if sinks else "no sinks",
+    )
+    line = f"  {total} tokens of {numbers['samples']:,} texts; left out: {'; '.join(left_out)}"
+    screen.print(Text(line, style="dim"))
+    if numbers["samples_cut"]:
+        line = f"  {numbers['samples_cut']:,} texts were cut to {config['collect']['max_tokens']} tokens"
+        screen.print(Text(line, style="dim"))
+
+
+def fitted(screen: Console, layer: int, record: dict[str, Any]) -> None:
+    """One factorised layer, from its record."""
+    dead = len(record["dead_features"])
+    what = (
+        f"layer {layer}: {record['options']['k']} features, relative error {record['relative_error']:.3f} "
+        f"after {record['n_iter']} iterations{f', {dead} dead' if dead else ''}"
+    )
+    done(screen, what, None if record["reused"] else record["seconds"])

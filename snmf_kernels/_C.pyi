@@ -1,0 +1,91 @@
+"""Compiled kernels. Addresses and strides are not checked: use snmf_kernels.ops."""
+
+from typing import TypedDict
+
+class _BuildInfo(TypedDict):
+    version: str
+    compiler: str
+    levels: str
+    level: str
+    openmp: bool
+    cuda: str | None
+    cuda_architectures: str
+
+def build_info() -> _BuildInfo: ...
+def set_level(name: str) -> None: ...
+def multiplicative_update(
+    dtype: str,
+    Y: int,
+    ldy: int,
+    ZtA: int,
+    ldp: int,
+    ZtZ: int,
+    out: int,
+    ldo: int,
+    k: int,
+    n: int,
+    eps: float,
+    sweeps: int,
+    threads: int,
+) -> None: ...
+def coordinate_descent(
+    dtype: str,
+    Y: int,
+    ldy: int,
+    ZtA: int,
+    ldp: int,
+    ZtZ: int,
+    out: int,
+    ldo: int,
+    k: int,
+    n: int,
+    sweeps: int,
+    threads: int,
+) -> None: ...
+def winner_take_all(
+    dtype: str,
+    Z: int,
+    row_stride: int,
+    column_stride: int,
+    d: int,
+    k: int,
+    count: int,
+    indices: int,
+    values: int,
+    threads: int,
+) -> None: ...
+def sparse_product(
+    dtype: str,
+    a_dtype: str,
+    A: int,
+    row_stride: int,
+    column_stride: int,
+    d: int,
+    n: int,
+    indices: int,
+    values: int,
+    k: int,
+    count: int,
+    out: int,
+    threads: int,
+) -> None: ...
+def ridge_solve(
+    dtype: str, G: int, B: int, X: int, info: int, batch: int, k: int, m: int, ridge: float, threads: int
+) -> None: ...
+def cuda_device_count() -> int: ...
+
+# Only in builds with CUDA code.
+def cuda_ridge_max_k(device: int, element_size: int) -> int: ...
+def cuda_ridge_solve(
+    dtype: str,
+    G: int,
+    B: int,
+    X: int,
+    info: int,
+    batch: int,
+    k: int,
+    m: int,
+    ridge: float,
+    device: int,
+    stream: int,
+) -> None: ...

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import snmf_kernels
+from snmf_interp import LanguageModel, doctor, show
+from snmf_interp.cli import app, main
+
+Maker = Callable[..., LanguageModel]
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, make_model: Maker) -> Path:
+    folder = tmp_path / "model"
+    model = make_model()
+    model.model.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.json"
+    path.write_text(
+        json.dumps({"days": ["Monday and Tuesday", "on Friday"], "cats": ["the cat sat", "a cat ran ."]})
+    )
+    return path
+
+
+def snmf(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def fitted(model_folder: Path, texts: Path, tmp_path: Path) -> Path:
+    run = tmp_path / "run"
+    assert snmf("collect", model_folder, texts, "--layers", "0-1", "--out", run).exit_code == 0
+    assert snmf("fit", run, "--k", 3, "--max-iter", 5).exit_code == 0
+    return run
+
+
+def test_collect_fit_features(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = snmf("collect", model_folder, texts, "--layers", "0-1", "--out", run)
+    assert result.exit_code == 0, result.output
+    assert "layers 0, 1" in result.stdout
+    assert "12 tokens of 4 texts; left out: 4 at the first position; 0 special" in " ".join(
+        result.stdout.split()
+    )
+    result = snmf("fit", run, "--k", 3, "--max-iter", 5)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("3 features, relative error") == 2
+    assert "kept from before" in snmf("fit", run, "--k", 3, "--max-iter", 5).stdout
+    result = snmf("features", run, "--layer", 1)
+    assert result.exit_code == 0, result.output
+    assert "Layer 1, 3 features by clarity" in result.stdout
+    assert "‹" in result.stdout
+    assert "→" in result.stdout
+    rows = [json.loads(line) for line in snmf("features", run, "--layer", 1, "--json").stdout.splitlines()]
+    assert sorted(row["index"] for row in rows) == [0, 1, 2]
+    assert [row["clarity"] for row in rows] == sorted((row["clarity"] for row in rows), reverse=True)
+    page = snmf("features", run, "--layer", 1, "--feature", 2)
+    assert page.exit_code == 0
+    assert "layer 1, feature 2" in page.stdout
+    assert "suppresses" in page.stdout
+    assert "Layer 0" in snmf("features", run, "--sort", "energy").stdout
+
+
+def test_bad_input_is_one_line_and_exit_code_2(
+    fitted: Path, model_folder: Path, texts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "x"
+    for arguments, message in (
+        (("collect", "./nowhere", texts, "--layers", "0", "--out", out), "model './nowhere': there is no"),
+        (("collect", model_folder, "nowhere.txt", "--layers", "0", "--out", out), "texts 'nowhere.txt'"),
+        (("collect", model_folder, texts, "--layers", "0-9", "--out", out), "layer 9 is outside"),
+        (("collect", model_folder, texts, "--layers", "0", "--out", fitted), "differs in layers"),
+        (("collect", model_folder, texts, "--layers", "0", "--out", out, "--model-dtype", "x"), "--model-d"),
+        (("fit", out), "there is no such folder"),
+        (("fit", fitted, "--k", 4, "--max-iter", 5), "was factorised with k = 3, not 4"),
+        (("fit", fitted, "--layers", "7"), "7 was not collected"),
+        (("features", fitted, "--sort", "colour"), "wanted clarity, energy or index"),
+        (("features", fitted, "--feature", "1"), "--feature needs --layer"),
+        (("features", fitted, "--layer", "1", "--feature", "3"), "features 0-2, got 3"),
+        (("features", fitted, "--layer", "1", "--concept", "x"), "no feature of layer 1 has 'x'"),
+        (("demo", "--model", "gpt2"), "the demo knows smollm2-135m and gemma-3-270m"),
+    ):  # fmt: skip
+        result = snmf(*arguments)
+        assert result.exit_code == 2, (arguments, result.output)
+        assert message in " ".join(result.stderr.split()), (arguments, result.stderr)
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
+        assert "Traceback" not in result.output
+
+
+def test_failure_is_exit_code_1(fitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args: Any, **_options: Any) -> None:
+        raise RuntimeError("the card\nis on fire")
+
+    monkeypatch.setattr(snmf_kernels, "fit", fail)
+    result = snmf("fit", fitted, "--k", 5, "--overwrite")
+    assert result.exit_code == 1
+    assert "error: RuntimeError: the card is on fire" in result.stderr
+    assert "--debug" in result.stderr
+    result = snmf("--debug", "fit", fitted, "--k", 5, "--overwrite")
+    assert isinstance(result.exception, RuntimeError)
+
+
+def test_interrupt_says_what_is_kept(fitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_args: Any, **_options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(snmf_kernels, "fit", interrupted)
+    result = snmf("fit", fitted, "--k", 5, "--layers", "1", "--overwrite")
+    assert result.exit_code == 130
+    message = " ".join(result.stderr.split())
+    assert "keeps 1 finished shard of activations and 2 factorised layers;" in message
+    assert "the same command goes on from there" in message
+
+
+def test_doctor_on_a_random_model(model_folder: Path) -> None:
+    """Everything holds but the prediction of English: a random model fails that one, and so the command."""
+    result = snmf("doctor", model_folder)
+    assert result.exit_code == 1
+    assert result.stdout.count("✓") == 4
+    assert result.stdout.count("✗") == 1
+    assert "✗ the model predicts plain English behind '<bos>'" in result.stdout
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gemma3", "phi"])
+def test_doctor_finds_nothing(family: str, make_model: Maker) -> None:
+    *checks, _ = doctor.check_model(
+        make_model(family), ["the cat sat on the rug .", "one red dog", "sun and rain"]
+    )
+    assert len(checks) == 4
+    assert all(check.passed for check in checks), checks
+
+
+def test_doctor_finds_faults(make_model: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["the cat sat on the rug .", "one red dog", "sun and rain"]
+    model = make_model()
+    # A hook that alters what the projection gives: the output is no longer the product.
+    handle = model.down_projection(1).register_forward_hook(lambda _m, _i, out: out * 1.01)
+    wrong = [check.passed for check in doctor.check_model(model, texts)]
+    handle.remove()
+    assert wrong[:4] == [False, True, True, True]
+    # A mask that is not passed on: padding on the left is then seen by every token.
+    forward = doctor.hooks.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor.hooks, "forward", lambda m, ids, mask: forward(m, ids, torch.ones_like(mask)))
+        assert [check.passed for check in doctor.check_model(model, texts)][:4] == [True, False, True, True]
+
+
+def test_long_contexts_keep_the_token_in_view() -> None:
+    from snmf_interp.features import TokenInContext
+
+    for n_before in (0, 3, 30):
+        for n_after in (0, 3, 30):
+            for width in (20, 47, 80):
+                token = TokenInContext(
+                    "word " * n_before + "the",
+                    " Monday",
+                    " more" * n_after,
+                    True,
+                    True,
+                    0,
+                    "0",
+                    5,
+                    None,
+                    1.0,
+                    1.0,
+                )
+                line = show.context_line(token, width, marks=True).plain
+                assert "‹Monday›" in line
+                assert len(line) <= width
+
+
+class TestProcess:
+    """The real command in a process of its own."""
+
+    def run(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "snmf_interp.cli", *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False, env=os.environ.copy(), **options
+        )
+
+    def test_help_comes_without_torch(self) -> None:
+        program = (
+            "import sys, snmf_interp.cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+        )
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert result.stdout.strip() == "[]"
+        started = time.perf_counter()
+        shown = self.run("--help")
+        assert shown.returncode == 0
+        # Generous: it takes 0.4 s, and loading torch alone takes longer than this under load.
+        assert time.perf_counter() - started < 10
+        for command in ("collect", "fit", "features", "demo", "doctor"):
+            assert command in shown.stdout
+            one = self.run(command, "--help")
+            assert one.returncode == 0
+            assert "Usage: " in one.stdout
+
+    def test_error(self, tmp_path: Path) -> None:
+        result = self.run("fit", str(tmp_path / "nowhere"))
+        assert result.returncode == 2
+        assert result.stdout == ""
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
+        debugged = self.run("fit", str(tmp_path / "nowhere"), "--debug")
+        assert debugged.returncode == 1
+        assert "Traceback" in debugged.stderr
+
+
+def test_debug_may_stand_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["snmf", "fit", str(tmp_path / "nowhere"), "--debug"])
+    with pytest.raises(FileNotFoundError):
+        main()

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from snmf_interp import ActivationStore, LanguageModel, Sample, collect, describe
+from snmf_interp.concepts import average_precision, chance_precision, text_scores
+from snmf_interp.features import read_features, visible, write_features
+
+from .conftest import VOCABULARY
+
+Maker = Callable[..., LanguageModel]
+MONDAY, TUESDAY, RED, CAT = (VOCABULARY.index(word) for word in ("Monday", "Tuesday", "red", "cat"))
+
+
+@dataclass
+class Factors:
+    """What describe() reads of a factorisation."""
+
+    Z: torch.Tensor
+    Y: torch.Tensor
+
+
+@pytest.fixture
+def store(make_model: Maker, samples: list[Sample]) -> ActivationStore:
+    return collect(make_model(), samples, 1, sink_threshold=None)
+
+
+@pytest.fixture
+def planted(make_model: Maker, store: ActivationStore) -> tuple[LanguageModel, Factors]:
+    """Feature 0 fires on Monday (3, 2.5) and Tuesday (1), feature 1 weakly on red, 2 is dead.
+
+    Feature 0 has neurons 5 and 7; neuron 5 writes along the unembedding of Friday.
+    """
+    model = make_model()
+    tokens = store.tokens(1)
+    Y = torch.zeros(3, len(tokens))
+    Y[0, tokens == MONDAY] = torch.tensor([3.0, 2.5])
+    Y[0, tokens == TUESDAY] = torch.tensor([1.0, 0.0])
+    Y[1, tokens == RED] = 0.5
+    Y[1, tokens == CAT] = 0.001
+    Z = torch.zeros(24, 3)
+    Z[5, 0], Z[7, 0] = 4.0, -3.0
+    Z[2, 1] = 2.0
+    with torch.no_grad():
+        # Neuron 5 alone writes, along the unembedding row of Friday; the others write nothing.
+        down = model.down_weight(1)
+        down.zero_()
+        friday = VOCABULARY.index("Friday")
+        model.model.lm_head.weight.copy_(torch.linspace(-0.5, 0.5, len(VOCABULARY))[:, None].expand(-1, 16))
+        direction = torch.ones(16)
+        direction[8:] = -1
+        model.model.lm_head.weight[friday] = direction
+        model.model.lm_head.weight[CAT] = -direction
+        down[:, 5] = direction
+    return model, Factors(Z, Y)
+
+
+def test_planted_feature(planted: tuple[LanguageModel, Factors], store: ActivationStore) -> None:
+    model, factors = planted
+    monday, red, dead = describe(factors, store, model, 1, n_words=3, active_threshold=0.4)
+    assert [t.token.strip() for t in monday.tokens] == ["Monday", "Monday", "Tuesday"]
+    # strength is y · ‖z‖, and ‖z‖ is 5.
+    assert [t.strength for t in monday.tokens] == pytest.approx([15.0, 12.5, 5.0])
+    assert all(t.share == pytest.approx(1) for t in monday.tokens)
+    first = monday.tokens[0]
+    assert (first.before.strip(), first.after.strip()) == ("on", "the cat ran")
+    assert (first.sample, first.position, first.label, first.token_id) == ("days/0", 2, "days", MONDAY)
+    assert monday.neurons == ((5, pytest.approx(0.8)), (7, pytest.approx(-0.6)))
+    assert monday.n_neurons == 2
+    assert monday.promoted[0][0].strip() == "Friday"
+    assert monday.suppressed[0][0].strip() == "cat"
+    # Two live features cannot stand out from each other.
+    assert monday.distinctive == ()
+    # 1 does not exceed 0.4 of 3.
+    assert monday.n_active == 2
+    assert monday.active_share == pytest.approx(2 / len(store.tokens(1)))
+    assert monday.distinct_tokens == pytest.approx(2 / 3)
+    total = 25 * (9 + 6.25 + 1) + 4 * (2 * 0.25 + 4e-6)
+    assert monday.energy == pytest.approx(25 * 16.25 / total, rel=1e-4)
+    assert red.tokens[0].token.strip() == "red"
+    assert (dead.tokens, dead.neurons, dead.energy, dead.clarity, dead.concept) == ((), (), 0.0, 0.0, None)
+
+
+def test_distinctive_words(make_model: Maker, store: ActivationStore) -> None:
+    """A token that every feature promotes is no feature's distinctive token, though it tops every list."""
+    model = make_model()
+    friday, red, cat, common = (VOCABULARY.index(word) for word in ("Friday", "red", "cat", "the"))
+    with torch.no_grad():
+        model.down_weight(1).zero_()
+        model.model.lm_head.weight.zero_()
+        # Neuron i writes coordinate i, and each of three tokens reads one; "the" reads all of them, strongly.
+        for neuron, token in enumerate((friday, red, cat)):
+            model.down_weight(1)[neuron, neuron] = 1
+            model.model.lm_head.weight[token, neuron] = 1
+        model.model.lm_head.weight[common, :3] = 5
+    Z = torch.zeros(24, 3)
+    Z[[0, 1, 2], [0, 1, 2]] = 1
+    features = describe(Factors(Z, torch.rand(3, len(store.tokens(1)))), store, model, 1, n_words=2)
+    assert [feature.promoted[0][0].strip() for feature in features] == ["the"] * 3
+    assert [feature.distinctive[0][0].strip() for feature in features] == ["Friday", "red", "cat"]
+    assert (
+        describe(Factors(Z, torch.rand(3, len(store.tokens(1)))), store, model, 1, indices=[1], n_words=2)[
+            0
+        ].distinctive
+        == features[1].distinctive
+    )
+
+
+def test_concept(planted: tuple[LanguageModel, Factors], store: ActivationStore) -> None:
+    model, factors = planted
+    monday, red, _ = describe(factors, store, model, 1)
+    assert monday.concept == "days"
+    # Three of the four texts come first (3, 2.5, 1); the fourth, with 0, ties with the other eight.
+    assert monday.concept_precision == pytest.approx((3 + 4 / 12) / 4)
+    assert monday.clarity == monday.concept_precision
+    assert red.concept == "colours"
+
+
+def test_clarity_without_labels(planted: tuple[LanguageModel, Factors], samples: list[Sample]) -> None:
+    model, factors = planted
+    store = collect(model, [replace(sample, label=None) for sample in samples], 1, sink_threshold=None)
+    monday = describe(factors, store, model, 1)[0]
+    assert monday.concept is None
+    assert monday.clarity == pytest.approx((15 + 12.5) / 32.5)
+
+
+def test_one_per_text(make_model: Maker) -> None:
+    model = make_model()
+    store = collect(model, [Sample("0", "cat cat cat"), Sample("1", "cat")], 0, sink_threshold=None)
+    factors = Factors(torch.ones(24, 1), torch.tensor([[1.0, 3.0, 2.0, 0.5]]))
+    assert [t.position for t in describe(factors, store, model, 0)[0].tokens] == [2, 1]
+    every = describe(factors, store, model, 0, one_per_text=False)[0]
+    assert [t.position for t in every.tokens] == [2, 3, 1, 1]
+    assert len(describe(factors, store, model, 0, n_tokens=1)[0].tokens) == 1
+
+
+def test_window(make_model: Maker) -> None:
+    model = make_model()
+    store = collect(model, [Sample("0", "one two three the cat")], 0, sink_threshold=None)
+    factors = Factors(torch.ones(24, 1), torch.tensor([[0.0, 0.0, 1.0, 0.0, 0.0]]))
+    token = describe(factors, store, model, 0, window=1)[0].tokens[0]
+    assert (token.before.strip(), token.token.strip(), token.after.strip()) == ("two", "three", "the")
+    assert (token.cut_before, token.cut_after) == (True, True)
+    token = describe(factors, store, model, 0, window=9)[0].tokens[0]
+    # The start token is structure, and not shown.
+    assert (token.before.strip(), token.after.strip()) == ("one two", "the cat")
+    assert (token.cut_before, token.cut_after) == (False, False)
+
+
+def test_numpy_factors_and_indices(planted: tuple[LanguageModel, Factors], store: ActivationStore) -> None:
+    model, factors = planted
+    numpy = Factors(factors.Z.numpy(), factors.Y.numpy())  # type: ignore[arg-type]
+    everything = describe(factors, store, model, 1)
+    assert describe(numpy, store, model, 1, indices=[1, 0]) == [everything[1], everything[0]]
+
+
+def test_wrong_factors(planted: tuple[LanguageModel, Factors], store: ActivationStore) -> None:
+    model, factors = planted
+    with pytest.raises(
+        ValueError, match=r"factors: wanted Z with 24 rows and Y with 55 columns.*fit store\.layer\(1\)"
+    ):
+        describe(Factors(factors.Z, factors.Y[:, 1:]), store, model, 1)
+    with pytest.raises(ValueError, match="there are features 0-2, got 3"):
+        describe(factors, store, model, 1, indices=[3])
+
+
+def test_file(planted: tuple[LanguageModel, Factors], store: ActivationStore, tmp_path: Path) -> None:
+    model, factors = planted
+    features = describe(factors, store, model, 1)
+    path = tmp_path / "features.jsonl"
+    write_features(path, features)
+    assert read_features(path) == features
+    assert json.loads(path.read_text().split("\n")[0])["tokens"][0]["token"].strip() == "Monday"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(ValueError, match=r"features\.jsonl is damaged"):
+        read_features(path)
+
+
+def test_pieces_of_words_and_characters(
+    planted: tuple[LanguageModel, Factors], store: ActivationStore
+) -> None:
+    token = describe(planted[1], store, planted[0], 1)[0].tokens[0]
+    assert replace(token, before="in Lis", token="bon", after=" was").word == "Lisbon"
+    assert replace(token, before="in", token=" Lis", after="bon was").word == "Lisbon"
+    assert replace(token, before="1", token="7", after="10.").word == "1710"
+    assert replace(token, before="end", token=".", after="Then").word == "."
+
+
+def test_visible() -> None:
+    assert visible("a\nb\tc\u200b\u00a0é") == "a\\nb\\tc\\u200b\\u00a0é"
+
+
+class TestAveragePrecision:
+    def test_against_the_definition(self) -> None:
+        """Plain Python on random scores with many ties and some texts without label."""
+        generator = torch.Generator().manual_seed(3)
+        scores = torch.randint(0, 6, (4, 40), generator=generator).float()
+        labels = [None if i % 7 == 0 else "abc"[i % 3] for i in range(40)]
+        names, result = average_precision(scores, labels)
+        assert names == ["a", "b", "c"]
+        for row in range(4):
+            for column, name in enumerate(names):
+                known = [(float(scores[row, i]), label) for i, label in enumerate(labels) if label]
+                shares = []
+                for score, label in known:
+                    if label == name:
+                        above = [other for value, other in known if value >= score]
+                        shares.append(above.count(name) / len(above))
+                assert float(result[row, column]) == pytest.approx(sum(shares) / len(shares))
+
+    def test_order_of_the_corpus_does_not_matter(self) -> None:
+        scores = torch.tensor([[0.0, 1.0, 0.0, 0.0]])
+        labels = ["a", "a", "b", "b"]
+        straight = average_precision(scores, labels)[1]
+        backwards = average_precision(scores.flip(1), labels[::-1])[1]
+        torch.testing.assert_close(straight, backwards)
+
+    def test_perfect_and_chance(self) -> None:
+        labels = [label for label in "abcdefgh" for _ in range(12)]
+        scores = torch.stack(
+            [torch.tensor([float(label == other) for label in labels]) for other in "abcdefgh"]
+        )
+        assert average_precision(scores, labels)[1].diagonal().tolist() == [1.0] * 8
+        assert float(chance_precision(scores, labels).max()) < 0.5
+
+    def test_text_scores(self) -> None:
+        Y = torch.tensor([[1.0, 5.0, 2.0]])
+        assert text_scores(Y, torch.tensor([0, 0, 2]), 4).tolist() == [[5.0, 0.0, 2.0, 0.0]]

@@ -1,0 +1,169 @@
+"""The result object: views, encoder, files."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from problems import planted
+from safetensors import safe_open
+from safetensors.torch import save_file
+from scipy.optimize import nnls
+
+from snmf_kernels import Factorization, StopReason, fit
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    A, _, _ = planted(90, 200, 6, keep=0.1, noise=0.3)
+    return A, fit(A, 6, keep=0.1, max_iter=40)
+
+
+def test_views(fitted):
+    _, result = fitted
+    assert result.W_dec.shape == (6, 90)
+    assert result.feature_acts.shape == (200, 6)
+    assert result.W_dec.data_ptr() == result.Z.data_ptr()
+    assert result.feature_acts.data_ptr() == result.Y.data_ptr()
+    assert result.W_dec.is_contiguous(), "a feature's neurons lie together"
+    assert result.k == 6
+    assert "relative_error" in repr(result)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("neuron_scale", [None, "rms"])
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_encode_solves_non_negative_least_squares(dtype, neuron_scale, backend):
+    A, _, _ = planted(90, 200, 6, keep=0.1, noise=0.3)
+    result = fit(
+        A.double() if dtype == torch.float64 else A, 6, keep=0.1, max_iter=40, neuron_scale=neuron_scale
+    )
+    new = planted(90, 25, 6, keep=0.1, noise=0.3, seed=8)[0].to(dtype)
+    encoding = result.encode(new, tol=1e-6, backend=backend)
+    weights = 1 / result.neuron_scale.double() if neuron_scale else torch.ones(90).double()
+    Z = (result.Z.double() * weights[:, None]).numpy()
+    wanted = np.stack([nnls(Z, (new[:, i].double() * weights).numpy())[0] for i in range(25)], axis=1)
+    assert encoding.kkt_residual <= 1e-6
+    assert np.linalg.norm(encoding.Y.double().numpy() - wanted) < 1e-4 * np.linalg.norm(wanted)
+    exact = (
+        new.double() - result.Z.double() @ torch.from_numpy(wanted)
+    ).square().sum() / new.double().square().sum()
+    assert encoding.relative_error == pytest.approx(float(exact), rel=1e-4)
+
+
+def test_encode_never_does_worse_than_the_fit(fitted):
+    A, result = fitted
+    assert result.encode(A).relative_error <= result.relative_error * (1 + 1e-5)
+
+
+def test_encode_reports_a_residual_it_did_not_reach(fitted):
+    A, result = fitted
+    rough, fine = result.encode(A, max_sweeps=1), result.encode(A, tol=1e-6)
+    assert rough.kkt_residual > 1e-3
+    assert fine.kkt_residual <= 1e-6
+    assert rough.relative_error > fine.relative_error
+
+
+def test_encode_errors(fitted):
+    _, result = fitted
+    with pytest.raises(ValueError, match=r"A: wanted 90 rows \(neurons\), as Z has, got shape \(5, 3\)"):
+        result.encode(torch.ones(5, 3))
+    with pytest.raises(ValueError, match="tol: wanted a number > 0"):
+        result.encode(torch.ones(90, 3), tol=0)
+    with pytest.raises(ValueError, match="max_sweeps: wanted at least 1"):
+        result.encode(torch.ones(90, 3), max_sweeps=0)
+    with pytest.raises(ValueError, match="1 of 270 NaN or infinite"):
+        result.encode(
+            torch.ones(90, 3).index_put((torch.tensor(1), torch.tensor(1)), torch.tensor(torch.nan))
+        )
+
+
+@pytest.mark.parametrize("neuron_scale", [None, "rms"])
+@pytest.mark.parametrize("as_numpy", [False, True])
+def test_save_and_load(tmp_path, neuron_scale, as_numpy):
+    A = planted(90, 200, 6, keep=0.1, noise=0.3)[0]
+    result = fit(A.numpy() if as_numpy else A, 6, keep=0.1, max_iter=5, neuron_scale=neuron_scale)
+    path = tmp_path / "deep" / "factors.safetensors"
+    result.save(path)
+    loaded = Factorization.load(str(path))
+    for name in ("Z", "Y", "dead_features"):
+        assert np.array_equal(np.asarray(getattr(loaded, name)), np.asarray(getattr(result, name))), name
+    for name in ("relative_error", "loss_history", "n_iter", "stop_reason", "backend", "options"):
+        assert getattr(loaded, name) == getattr(result, name), name
+    assert (loaded.neuron_scale is None) == (neuron_scale is None)
+    assert isinstance(loaded.stop_reason, StopReason)
+    new = A[:, :10]
+    assert torch.allclose(loaded.encode(new).Y, torch.as_tensor(result.encode(new).Y))
+    assert [file.name for file in path.parent.iterdir()] == ["factors.safetensors"], (
+        "a temporary file was left"
+    )
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["snmf_kernels"])
+    assert header["options"]["keep"] == 0.1
+    assert header["torch"] == torch.__version__
+
+
+def test_save_replaces_whole_or_not_at_all(tmp_path, fitted, monkeypatch):
+    _, result = fitted
+    path = tmp_path / "f.safetensors"
+    result.save(path)
+    before = path.read_bytes()
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        result.save(path)
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["f.safetensors"]
+    result.save(path)
+    assert path.read_bytes() == before
+
+
+def test_save_into_a_folder_is_refused(tmp_path, fitted):
+    with pytest.raises(ValueError, match="path: wanted a file name, got the folder"):
+        fitted[1].save(tmp_path)
+
+
+def test_damaged_and_foreign_files(tmp_path, fitted):
+    path = tmp_path / "f.safetensors"
+    with pytest.raises(FileNotFoundError, match="path: no file"):
+        Factorization.load(path)
+    fitted[1].save(path)
+    whole = path.read_bytes()
+    for cut in (0, 5, 100, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="damaged or no safetensors file"):
+            Factorization.load(path)
+    flipped = bytearray(whole)
+    flipped[-3] ^= 1
+    path.write_bytes(bytes(flipped))
+    with pytest.raises(ValueError, match="does not match its checksum"):
+        Factorization.load(path)
+    save_file({"weight": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="was not written by Factorization"):
+        Factorization.load(path)
+    save_file({"weight": torch.ones(2)}, path, metadata={"snmf_kernels": json.dumps({"format": "other"})})
+    with pytest.raises(ValueError, match="holds 'other'"):
+        Factorization.load(path)
+
+
+def test_a_newer_format_is_refused(tmp_path, fitted):
+    path = tmp_path / "f.safetensors"
+    fitted[1].save(path)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["snmf_kernels"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    header["format_version"] = 99
+    save_file(tensors, path, metadata={"snmf_kernels": json.dumps(header)})
+    with pytest.raises(ValueError, match="has format 99, this version reads up to 1; upgrade snmf-kernels"):
+        Factorization.load(path)
+    header["format_version"] = 1
+    del tensors["Y"]
+    save_file(tensors, path, metadata={"snmf_kernels": json.dumps(header)})
+    with pytest.raises(ValueError, match="lacks Y"):
+        Factorization.load(path)
