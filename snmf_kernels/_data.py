@@ -16,6 +16,9 @@ from .sparse import SparseColumns
 
 # Elements of A that are converted at a time where A is not in the working dtype.
 _BLOCK_ELEMENTS = 1 << 22
+# Elements that are squared at a time in float64: on a CPU these temporaries should stay in cache (four times faster
+# than blocks of the size above), on a GPU each block costs a few launches.
+_SQUARE_ELEMENTS = {"cpu": 1 << 20}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -156,7 +159,7 @@ class DataMatrix:
     def unscaled_residual_row_squares(self, Z: Tensor, Y: Tensor) -> Tensor:
         """Squared norms ``[d]`` of the rows of ``A − Z Y`` in the units of A, whatever the neuron scale."""
         squares = torch.zeros_like(self.row_squares)
-        for tokens, block in self._raw_blocks():
+        for tokens, block in self._raw_blocks(self._square_elements):
             residual = torch.addmm(block.to(self.dtype), Z, Y[:, tokens], alpha=-1)
             squares += residual.to(squares.dtype).square().sum(1)
         return squares
@@ -164,15 +167,19 @@ class DataMatrix:
     def _row_weights(self) -> Tensor | float:
         return 1.0 if self._inverse_scale is None else self._inverse_scale.to(self.row_squares.dtype).square()
 
-    def _raw_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        width = max(1, _BLOCK_ELEMENTS // self.d)
+    @property
+    def _square_elements(self) -> int:
+        return _SQUARE_ELEMENTS.get(self.device.type, _BLOCK_ELEMENTS)
+
+    def _raw_blocks(self, elements: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        width = max(1, (elements or _BLOCK_ELEMENTS) // self.d)
         for start in range(0, self.n, width):
             tokens = slice(start, min(start + width, self.n))
             yield tokens, self.A[:, tokens]
 
     def _row_squares(self) -> Tensor:
         squares = torch.zeros(self.d, dtype=_accumulator(self.device), device=self.device)
-        for _, block in self._raw_blocks():
+        for _, block in self._raw_blocks(self._square_elements):
             squares += block.to(squares.dtype).square().sum(1)
         if not bool(squares.sum().isfinite()):
             self._refuse_non_finite()

@@ -95,7 +95,7 @@ def fit(
     neuron_scale: str | None = None,
     ridge: float = 1e-6,
     max_iter: int | None = None,
-    tol: float = 1e-4,
+    tol: float | None = None,
     patience: int | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -125,7 +125,7 @@ def fit(
         solver: ``"mu"`` is the paper's iteration, step for step. ``"auto"`` is the same iteration with
             several sweeps of step 4 to each pass over A, which reaches the same loss in a fraction of the
             passes.
-        sweeps: how often step 4 is repeated in an iteration. Default: 1 for ``"mu"``, 5 for ``"auto"``.
+        sweeps: how often step 4 is repeated in an iteration. Default: 1 for ``"mu"``, 10 for ``"auto"``.
         init: ``"random"`` (the paper's), ``"svd"``, ``"kmeans"``, or a pair ``(Z0 [d, k], Y0 [k, n])``. Of
             the pair one may be None: without Y0 the start is the non-negative least squares solution on Z0;
             Z0 is not used where Y0 is given, since step 1 computes Z from Y.
@@ -135,8 +135,8 @@ def fit(
         ridge: λ of step 1.
         max_iter: bound on the iterations. Default: 1000 for ``"mu"``, 200 for ``"auto"``.
         tol, patience: stop when the best loss has not fallen by the relative amount ``tol`` for ``patience``
-            iterations. Default patience: 50 for ``"mu"``, 10 for ``"auto"``. ``tol=0`` with a large patience
-            runs to ``max_iter``.
+            iterations. Default: 1e-4, and a patience of 50 for ``"mu"``, 10 for ``"auto"``. ``tol=0`` with a large
+            patience runs to ``max_iter``.
         seed: of the random start. The same seed gives the same start on every device, and the same bits on
             the same machine and number of threads; no global generator is touched.
         device: where to compute. Default: where A is.
@@ -160,12 +160,12 @@ def fit(
         k=k,
         keep=keep,
         solver=solver,
-        sweeps=(5 if fast else 1) if sweeps is None else sweeps,
+        sweeps=(10 if fast else 1) if sweeps is None else sweeps,
         init=init if isinstance(init, str) else "given",
         neuron_scale=neuron_scale,
         ridge=ridge,
         max_iter=(200 if fast else 1000) if max_iter is None else max_iter,
-        tol=tol,
+        tol=1e-4 if tol is None else tol,
         patience=(10 if fast else 50) if patience is None else patience,
         seed=seed,
         dtype=str(working).removeprefix("torch."),
@@ -354,7 +354,8 @@ class _Progress:
                 from tqdm.auto import tqdm
             except ImportError as error:
                 raise ImportError("progress=True needs tqdm: pip install tqdm") from error
-            self._bar = tqdm(total=total, desc="snmf_kernels.fit", unit="it")
+            # Asked for by an argument, so the environment's TQDM_DISABLE does not apply.
+            self._bar = tqdm(total=total, desc="snmf_kernels.fit", unit="it", disable=False)
 
     @property
     def callbacks(self) -> tuple[Callback, ...]:

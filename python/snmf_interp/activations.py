@@ -20,9 +20,11 @@ from .texts import Sample, digest
 
 logger = logging.getLogger(__name__)
 
-# A token is a sink at a layer when the norm of its activations exceeds this many medians. On plain sentences
-# ordinary tokens stay below 4 medians at every layer of both bundled models; sinks have 5-22 (SmolLM2, layers
-# 2, 9 and 10) and, at the first position, up to 430.
+# A token is a sink at a layer when the norm of its activations exceeds this many medians. Measured on the
+# bundled corpus: of the layers looked at, most have no token or a handful above 5 (Gemma layers 1, 3, 12;
+# SmolLM2 28, 29). SmolLM2 layers 2, 9 and 10 have 998, 612 and 513 of 14,760, nearly all the word " the",
+# with 93, 68 and 50 % of the layer's energy. In layers 9 and 10 norms run on without a gap from 3 to 9
+# medians: there 5 is a choice, not a border.
 SINK_THRESHOLD = 5.0
 # A shard is what a killed run loses at most, and what is held in memory before it is written.
 _SHARD_BYTES = 128 << 20

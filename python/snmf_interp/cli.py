@@ -93,7 +93,7 @@ def _command(name: str) -> Callable[[Function], Function]:
             except (typer.Exit, typer.Abort):
                 raise
             except KeyboardInterrupt:
-                terminal.errors().print(Text(f"\nstopped. {_saved(kwargs)}"))
+                terminal.errors().print(Text(f"\nstopped. {_saved(kwargs)}"), soft_wrap=True)
                 raise typer.Exit(130) from None
             except Exception as error:
                 if _debug:

@@ -77,8 +77,8 @@ class Feature:
         promoted, suppressed: top and bottom logit-lens tokens of ``W_down z`` with their logits.
         distinctive: the tokens whose logit stands out most among all features of the layer, with the number
             of standard deviations. Some tokens are promoted by nearly every direction; these are not. (On
-            SmolLM2 layer 23 twice as many of these words belong to the feature's concept as of ``promoted``:
-            13 against 7.)
+            SmolLM2 layer 23, three seeds, 16, 14 and 10 of these words belong to their feature's concept, of
+            ``promoted`` 9, 6 and 3; in layers 5 and 8 hardly any do in either list.)
         neurons: ``(neuron, weight)`` by falling |weight|, weights relative to ``‖z‖``.
         n_neurons: non-zero entries of z.
         n_active, active_share: tokens whose coefficient exceeds the stated threshold times the row's largest.

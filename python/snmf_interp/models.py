@@ -22,8 +22,8 @@ from . import gguf_models
 
 # A document separator that many families were pretrained with, each document behind one of these. Their
 # tokenizers do not add it, and what they declare as BOS may be a chat marker that no pretraining document
-# began with (SmolLM2: mean next-token loss 3.81 behind its declared <|im_start|>, 3.55 behind nothing, 2.92
-# behind <|endoftext|>).
+# began with (SmolLM2's <|im_start|>). On 24 sentences of the bundled corpus SmolLM2's mean
+# next-token loss is 4.83 behind nothing and 4.41 behind <|endoftext|>.
 _SEPARATOR = "<|endoftext|>"
 
 

@@ -1,7 +1,7 @@
 """A run: one folder with the activations of a corpus, a factorisation per layer, and their features.
 
-    config.json                     versions, model, texts, hook names, counts; per layer the options and
-    outcome of its fit activations/                    see snmf_interp.store
+    config.json                     versions, model, texts, hook names, counts; per layer its fit's options and outcome
+    activations/                    see snmf_interp.store
     layer_6/factors.safetensors     snmf_kernels.Factorization
     layer_6/features.jsonl          one snmf_interp.Feature a line
 

@@ -39,13 +39,15 @@ def feature_table(features: Sequence[Feature], width: int, *, marks: bool, conte
         contexts: how many.
     """
     left = 22
+    room = width - left - 3
     table = Table(box=box.SIMPLE_HEAD, width=width, show_edge=False, pad_edge=False, header_style="bold")
-    # A fixed width, for the long lines beside it would squeeze it.
-    table.add_column("feature", width=left, min_width=left)
-    table.add_column("where it fires, and → what it makes likelier", no_wrap=True, overflow="ellipsis")
-    room = width - left - 2
+    # Both widths are fixed, for Rich would squeeze the first column in favour of long lines in the second.
+    table.add_column("feature", width=left)
+    table.add_column(
+        "where it fires, and → what it makes likelier", width=room, no_wrap=True, overflow="ellipsis"
+    )
     for feature in features:
-        name = Text(f"{feature.layer}/{feature.index}", style="bold")
+        name = Text.assemble((f"{feature.layer}/{feature.index}", "bold"))
         if feature.concept:
             name.append(f"\n{visible(feature.concept).replace('_', ' ')}", style="bold cyan")
             name.append(f"\nAP {feature.concept_precision:.2f}", style="dim")
@@ -59,7 +61,7 @@ def feature_table(features: Sequence[Feature], width: int, *, marks: bool, conte
 
 def feature_page(feature: Feature, width: int, *, marks: bool, contexts: int = 15) -> Group:
     """Everything about one feature."""
-    title = Text(f"layer {feature.layer}, feature {feature.index}", style="bold")
+    title = Text.assemble((f"layer {feature.layer}, feature {feature.index}", "bold"))
     if feature.concept:
         title.append(f"   {visible(feature.concept).replace('_', ' ')}", style="bold cyan")
         title.append(f"  (average precision {feature.concept_precision:.2f})", style="dim")

@@ -2,11 +2,11 @@
 
 A store on disk is a folder:
 
-    plan.json             what is collected: every option that shapes the numbers, and which samples each
-    shard holds tokens.safetensors    ids of all tokens of all samples, one after another, and where each
-    sample begins samples.jsonl         id and label of each sample
-    shard-00000.safetensors …   per layer the activations, token-major; each token's place among all tokens;
-    norms manifest.json         written last: counts, and each layer's limit above which a token is a sink
+    plan.json            what is collected: every option that shapes the numbers, and the samples of each shard
+    tokens.safetensors   ids of all tokens of all samples, one after another, and where each sample begins
+    samples.jsonl        id and label of each sample
+    shard-00000.safetensors …   per layer the activations, token-major; each token's place among all tokens; norms
+    manifest.json        written last: counts, and each layer's limit above which a token is a sink
 
 Shards hold every token that is text by its id and position. Whether a token is a *sink* depends on the median
 norm over the whole corpus, so sinks are left out on reading: a run that was resumed gives the same bits as

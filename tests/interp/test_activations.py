@@ -52,7 +52,7 @@ class TestEveryFamily:
             assert torch.equal(store.layer(layer), torch.cat(expected))
 
     def test_batches_in_either_padding(self, family: str, make_model: Maker, samples: list[Sample]) -> None:
-        """Measured: at most 3e-6 relative between batches of one and padded batches, on either side."""
+        """Measured on CPU: at most 7.3e-7 of the largest activation (qwen2), the same on either side."""
         model = make_model(family)
         alone = collect(model, samples, "all", batch_size=1, sink_threshold=None)
         for side in ("left", "right"):
@@ -61,7 +61,7 @@ class TestEveryFamily:
             for layer in range(3):
                 assert torch.equal(padded.tokens(layer), alone.tokens(layer))
                 scale = float(alone.layer(layer).abs().max())
-                torch.testing.assert_close(padded.layer(layer), alone.layer(layer), rtol=0, atol=2e-5 * scale)
+                torch.testing.assert_close(padded.layer(layer), alone.layer(layer), rtol=0, atol=5e-6 * scale)
 
     def test_one_pass_is_one_by_one(self, family: str, make_model: Maker, samples: list[Sample]) -> None:
         model = make_model(family)

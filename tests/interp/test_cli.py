@@ -204,7 +204,8 @@ class TestProcess:
         started = time.perf_counter()
         shown = self.run("--help")
         assert shown.returncode == 0
-        # Generous: it takes 0.4 s, and loading torch alone takes longer than this under load.
+        # Generous: it takes 0.2 s when nothing else runs, and loading torch alone takes longer than this
+        # under load.
         assert time.perf_counter() - started < 10
         for command in ("collect", "fit", "features", "demo", "doctor"):
             assert command in shown.stdout

@@ -1,0 +1,42 @@
+"""The benchmark scripts work: figures that nobody can run again are worth nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from problems import published_iteration
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+from published import PublishedLoop  # noqa: E402  # after the path
+
+
+def test_the_baseline_is_the_published_iteration():
+    A = torch.randn(60, 80, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    loop = PublishedLoop(A, 4, keep=0.1)
+    Z, Y, losses = published_iteration(A, loop.Y, 0.1, 10)
+    assert [loop.step() for _ in range(10)] == pytest.approx(losses, rel=1e-9)
+    assert torch.allclose(loop.Z, Z)
+    assert torch.allclose(loop.Y, Y)
+
+
+def test_gpu_report_runs(tmp_path):
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, BENCHMARKS / "gpu_report.py", "--out", tmp_path, "--smoke"],
+        capture_output=True,
+        text=True,
+        env=os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}),
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert set(report["stages"]) == {"floors", "update", "select", "solve", "fit", "tune"}
+    assert all(rows for rows in report["stages"].values())
+    assert all(row["equal"] for row in report["stages"]["select"])
