@@ -121,7 +121,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
 def test_layouts_agree(layout, backend):
     A, _, _ = planted(100, 230, 5, keep=0.1, noise=0.5)
-    wanted = fit(A.double(), 5, keep=0.1, max_iter=10, backend=backend)
+    wanted = fit(A, 5, keep=0.1, max_iter=10, backend="torch")
     got = fit(LAYOUTS[layout](A), 5, keep=0.1, max_iter=10, backend=backend)
     assert_near(got.Y, wanted.Y, 1e-5)
 
