@@ -32,14 +32,8 @@ LEVELS = (
     else {"isa_baseline.cpp": []}
 )
 # No -ffast-math: NaN and infinity must stay visible. sqrt needs no errno, and may be vectorised then.
-FLAGS = [
-    "-O3",
-    "-std=c++17",
-    "-fvisibility=hidden",
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-]
+FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]
+FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
 
 

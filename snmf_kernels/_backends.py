@@ -183,12 +183,17 @@ def choose_all(
 
 
 def report() -> dict[str, str]:
-    """For each backend ``"usable"`` or the reason why it is not, on the best device of this machine."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    return {
-        name: refusal(name, torch.device("cpu") if name == "cpp" else device, torch.float32) or "usable"
-        for name in BACKENDS
-    }
+    """For each backend ``"usable"`` or the reason why it is not, on this machine's GPU where it needs one."""
+    cpu = torch.device("cpu")
+    gpu = torch.device("cuda", 0) if torch.cuda.is_available() else None
+    rows = {}
+    for name in BACKENDS:
+        device = cpu if name in ("cpp", "torch") else gpu
+        if device is None:
+            rows[name] = "needs a GPU, and torch finds none here"
+        else:
+            rows[name] = refusal(name, device, torch.float32) or "usable"
+    return rows
 
 
 def _function(backend: str, operation: str) -> Callable[..., Any]:
