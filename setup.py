@@ -41,6 +41,15 @@ class NoToolkit(Exception):
     """CUDA code cannot be built here; the text says why."""
 
 
+def static_runtime(toolkit: Path) -> Path | None:
+    """libcudart_static.a of this toolkit for this machine."""
+    machine = "sbsa" if platform.machine() == "aarch64" else platform.machine()
+    for folder in ("lib64", "lib", f"targets/{machine}-linux/lib", f"lib/{platform.machine()}-linux-gnu"):
+        if (toolkit / folder / "libcudart_static.a").is_file():
+            return toolkit / folder / "libcudart_static.a"
+    return None
+
+
 def find_toolkit() -> tuple[Path, str]:
     """(toolkit folder, release) of the first usable CUDA toolkit."""
     # nvcc on the PATH may be a wrapper script outside of its toolkit, so it comes last.
@@ -48,17 +57,21 @@ def find_toolkit() -> tuple[Path, str]:
     on_path = shutil.which("nvcc")
     if on_path:
         candidates.append(str(Path(on_path).resolve().parent.parent))
-    for folder in filter(None, candidates):
-        nvcc = Path(folder) / "bin" / "nvcc"
+    incomplete = []
+    for folder in map(Path, filter(None, candidates)):
+        nvcc = folder / "bin" / "nvcc"
         if not nvcc.is_file():
             continue
-        if not list(Path(folder).glob("**/libcudart_static.a")):
-            raise NoToolkit(f"{folder} has nvcc but no libcudart_static.a")
+        if static_runtime(folder) is None:
+            incomplete.append(f"{folder} has nvcc but no libcudart_static.a")
+            continue
         printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
         release = re.search(r"release (\d+\.\d+)", printed.stdout)
-        if printed.returncode or not release:
-            raise NoToolkit(f"{nvcc} --version failed: {printed.stderr.strip() or printed.stdout.strip()}")
-        return Path(folder), release[1]
+        if not printed.returncode and release:
+            return folder, release[1]
+        incomplete.append(f"{nvcc} --version failed: {printed.stderr.strip() or printed.stdout.strip()}")
+    if incomplete:
+        raise NoToolkit("; ".join(incomplete))
     raise NoToolkit("no nvcc in CUDA_HOME, CUDA_PATH, /usr/local/cuda or on the PATH")
 
 
@@ -81,7 +94,6 @@ class BuildKernels(build_ext):
 
         jobs = {name: [*FLAGS, *WARNINGS, *openmp, *flags] for name, flags in LEVELS.items()}
         jobs["dispatch.cpp"] = jobs["bindings.cpp"] = [*FLAGS, *WARNINGS, *openmp]
-        depends = [str(path) for path in CSRC.glob("*") if path.suffix in (".hpp", ".inc")]
 
         def compile_one(job: tuple[str, list[str]]) -> list[str]:
             name, flags = job
@@ -91,7 +103,6 @@ class BuildKernels(build_ext):
                 macros=macros,
                 include_dirs=[*include, *self.compiler.include_dirs],
                 extra_postargs=flags,
-                depends=depends,
             )
 
         with ThreadPoolExecutor() as pool:
@@ -131,6 +142,8 @@ class BuildKernels(build_ext):
         archs = [
             arch.strip() for arch in os.environ.get("SNMF_CUDA_ARCHS", "80;90").split(";") if arch.strip()
         ]
+        if not archs:
+            raise SystemExit("SNMF_CUDA_ARCHS: wanted compute capabilities such as '80;90', got nothing")
         target = build / "ridge.o"
         sources = [CSRC / "ridge.cu", CSRC / "ridge.hpp", CSRC / "cuda.hpp"]
         command = [
@@ -153,13 +166,12 @@ class BuildKernels(build_ext):
             if made.returncode:
                 raise NoToolkit(f"nvcc failed:\n{made.stderr or made.stdout}")
             stamp.write_text(" ".join(command))
-        static = next(iter(sorted(toolkit.glob("**/libcudart_static.a"))))
         macros = [
             ("SNMF_WITH_CUDA", "1"),
             ("SNMF_CUDA_VERSION", release),
             ("SNMF_CUDA_ARCHITECTURES", "_".join(f"sm_{arch}" for arch in archs) + f"_compute_{archs[-1]}"),
         ]
-        return [str(target), str(static)], macros, ["dl", "rt", "pthread"]
+        return [str(target), str(static_runtime(toolkit))], macros, ["dl", "rt", "pthread"]
 
 
 setup(

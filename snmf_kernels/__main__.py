@@ -28,10 +28,13 @@ def _facts() -> list[tuple[str, list[tuple[str, str]]]]:
     versions += [("numpy", np.__version__)]
     versions += [(name, _version_of(name)) for name in ("safetensors", "triton", "transformers")]
     module = _backends.compiled_module()
-    if isinstance(module, str):
-        build = [("extension", module)]
+    try:
+        info = None if isinstance(module, str) else module.build_info()
+    except ValueError as error:  # SNMF_CPU_ISA names no level
+        module, info = str(error), None
+    if info is None:
+        build = [("extension", str(module))]
     else:
-        info = module.build_info()
         build = [
             ("compiler", info["compiler"]),
             ("CPU levels", f"{info['levels']} usable here, {info['level']} in use (SNMF_CPU_ISA caps it)"),

@@ -179,6 +179,12 @@ def choose_all(
             raise BackendError(
                 f"backend: {backend!r} has nothing to run {operation} on {device}; use backend='auto'"
             )
+    if backend != "auto" and backend not in chosen.values():
+        operation = PROVIDES[backend][0]
+        reason = refusal(
+            backend, device, torch.float64 if operation == "ridge_solve" else dtype, operation, k
+        )
+        raise BackendError(f"backend: {backend!r} cannot run {operation} here: {reason}; use backend='auto'")
     return Kernels(chosen["multiplicative_update"] if backend == "auto" else backend, **functions)
 
 

@@ -29,7 +29,7 @@ def _row_stride(tensor: Tensor) -> int:
 def multiplicative_update(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, eps: float = 1e-6, sweeps: int = 1) -> Tensor:
     Y, ZtA, ZtZ = _row_contiguous(Y), _row_contiguous(ZtA), ZtZ.contiguous()
     k, n = Y.shape
-    out = torch.empty(k, n, dtype=Y.dtype)
+    out = torch.empty(k, n, dtype=Y.dtype, device="cpu")
     _C.multiplicative_update(
         _name(Y), Y.data_ptr(), _row_stride(Y), ZtA.data_ptr(), _row_stride(ZtA), ZtZ.data_ptr(),
         out.data_ptr(), n, k, n, eps, sweeps, torch.get_num_threads(),
@@ -40,7 +40,7 @@ def multiplicative_update(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, eps: float = 1e-6
 def coordinate_descent(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, sweeps: int = 1) -> Tensor:
     Y, ZtA, ZtZ = _row_contiguous(Y), _row_contiguous(ZtA), ZtZ.contiguous()
     k, n = Y.shape
-    out = torch.empty(k, n, dtype=Y.dtype)
+    out = torch.empty(k, n, dtype=Y.dtype, device="cpu")
     _C.coordinate_descent(
         _name(Y), Y.data_ptr(), _row_stride(Y), ZtA.data_ptr(), _row_stride(ZtA), ZtZ.data_ptr(),
         out.data_ptr(), n, k, n, sweeps, torch.get_num_threads(),
@@ -50,8 +50,8 @@ def coordinate_descent(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, sweeps: int = 1) -> 
 
 def winner_take_all(Z: Tensor, count: int) -> SparseColumns:
     d, k = Z.shape
-    indices = torch.empty(k, count, dtype=torch.int64)
-    values = torch.empty(k, count, dtype=Z.dtype)
+    indices = torch.empty(k, count, dtype=torch.int64, device="cpu")
+    values = torch.empty(k, count, dtype=Z.dtype, device="cpu")
     _C.winner_take_all(
         _name(Z), Z.data_ptr(), Z.stride(0), Z.stride(1), d, k, count,
         indices.data_ptr(), values.data_ptr(), torch.get_num_threads(),
@@ -62,7 +62,7 @@ def winner_take_all(Z: Tensor, count: int) -> SparseColumns:
 def sparse_product(Z: SparseColumns, A: Tensor) -> Tensor:
     indices, values = Z.indices.contiguous(), Z.values.contiguous()
     d, n = A.shape
-    out = torch.empty(Z.k, n, dtype=values.dtype)
+    out = torch.empty(Z.k, n, dtype=values.dtype, device="cpu")
     _C.sparse_product(
         _name(values), _name(A), A.data_ptr(), A.stride(0), A.stride(1), d, n,
         indices.data_ptr(), values.data_ptr(), Z.k, indices.shape[1], out.data_ptr(), torch.get_num_threads(),
@@ -73,7 +73,7 @@ def sparse_product(Z: SparseColumns, A: Tensor) -> Tensor:
 def ridge_solve(G: Tensor, B: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
     G, B = G.contiguous(), B.contiguous()
     batch, k, m = B.shape
-    X, info = torch.empty_like(B), torch.empty(batch, dtype=torch.int32)
+    X, info = torch.empty_like(B), torch.empty(batch, dtype=torch.int32, device="cpu")
     _C.ridge_solve(
         _name(G), G.data_ptr(), B.data_ptr(), X.data_ptr(), info.data_ptr(), batch, k, m, ridge,
         torch.get_num_threads(),

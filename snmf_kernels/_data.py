@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ _SQUARE_ELEMENTS = {"cpu": 1 << 20}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def as_matrix(name: str, value: Any, *, allow_empty: bool = False) -> Tensor:
+def as_matrix(name: str, value: Any) -> Tensor:
     """``value`` (torch or numpy, memmaps too) as a real floating matrix that shares its memory wherever possible.
 
     Raises:
@@ -44,12 +45,17 @@ def as_matrix(name: str, value: Any, *, allow_empty: bool = False) -> Tensor:
         )
     if value.ndim != 2:
         raise ValueError(f"{name}: wanted a matrix [d, n] (neurons x tokens), got shape {tuple(value.shape)}")
-    if value.numel() == 0 and not allow_empty:
+    if value.numel() == 0:
         raise ValueError(f"{name}: wanted at least one row and one column, got shape {tuple(value.shape)}")
-    return value.detach()
+    # A lazily negated view has the wrong sign in its memory.
+    return value.detach().resolve_neg()
 
 
 def _from_numpy(name: str, array: np.ndarray) -> Tensor:
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name}: wanted a plain array, got a masked one; fill it ({name}.filled(0)) or drop the masked tokens"
+        )
     if array.dtype.name == "bfloat16":  # ml_dtypes; numpy itself has none, and torch does not take it
         return _from_numpy(name, array.view(np.int16)).view(torch.bfloat16)
     if not array.dtype.isnative:
@@ -102,7 +108,8 @@ class DataMatrix:
     def scale_neurons(self) -> None:
         """From now on stand for ``diag(1/s) A`` with s the root mean square of each neuron (1 where it is zero)."""
         rms = (self.row_squares / self.n).sqrt().to(self.dtype)
-        self.divide_neurons(torch.where(rms > 0, rms, 1))
+        # The inverse of a subnormal number is infinite.
+        self.divide_neurons(torch.where(rms >= torch.finfo(self.dtype).tiny, rms, 1))
 
     def divide_neurons(self, scale: Tensor) -> None:
         """From now on stand for ``diag(1/scale) A``."""
@@ -202,6 +209,11 @@ class DataMatrix:
             f"A: wanted finite values, got {count} of {self.A.numel()} NaN or infinite, the first ({first[2]}) "
             f"at neuron {first[0]}, token {first[1]}; drop those tokens or replace the values"
         )
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Keeps a surrounding ``torch.autocast`` from rounding the solver's products."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def _accumulator(device: torch.device) -> torch.dtype:

@@ -7,7 +7,9 @@ before the first import they run on CPU tensors, for tests.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -55,8 +57,10 @@ def multiplicative_update_kernel(  # type: ignore[no-untyped-def]  # typed at th
 
     Each program reads all rows of y, so that out must be another buffer.
     """
-    rows = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    columns = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # One axis, since the others end at 65,535; tiles of the same tokens are neighbours, for the cache.
+    tiles = tl.cdiv(k, BLOCK_K)
+    rows = tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    columns = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside, column_inside = rows < k, columns < n
     positive = tl.zeros((BLOCK_K, BLOCK_N), dtype=y_ptr.dtype.element_ty)
     negative = tl.zeros((BLOCK_K, BLOCK_N), dtype=y_ptr.dtype.element_ty)
@@ -74,17 +78,18 @@ def multiplicative_update_kernel(  # type: ignore[no-untyped-def]  # typed at th
             other=0.0,
         )
         positive = tl.dot(
-            tl.maximum(q, 0.0), y, positive, input_precision=PRECISION, out_dtype=positive.dtype
+            tl.where(q < 0, 0.0, q), y, positive, input_precision=PRECISION, out_dtype=positive.dtype
         )
         negative = tl.dot(
-            tl.maximum(-q, 0.0), y, negative, input_precision=PRECISION, out_dtype=negative.dtype
+            tl.where(q > 0, 0.0, -q), y, negative, input_precision=PRECISION, out_dtype=negative.dtype
         )
     inside = row_inside[:, None] & column_inside[None, :]
     wide_rows = rows[:, None].to(tl.int64)
     p = tl.load(p_ptr + wide_rows * p_stride + columns[None, :], mask=inside, other=0.0)
     y = tl.load(y_ptr + wide_rows * y_stride + columns[None, :], mask=inside, other=0.0)
-    above = tl.maximum(p, 0.0) + negative
-    below = tl.maximum(-p, 0.0) + positive + eps
+    # Not tl.maximum, which drops NaN.
+    above = tl.where(p < 0, 0.0, p) + negative
+    below = tl.where(p > 0, 0.0, -p) + positive + eps
     tl.store(out_ptr + wide_rows * out_stride + columns[None, :], y * tl.sqrt(above / below), mask=inside)
 
 
@@ -140,22 +145,28 @@ def winner_take_all_kernel(  # type: ignore[no-untyped-def]  # likewise
         taken += tl.sum(kept)
 
 
+def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
 def multiplicative_update(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, eps: float = 1e-6, sweeps: int = 1) -> Tensor:
     Y, ZtA, ZtZ = Y.contiguous(), ZtA.contiguous(), ZtZ.contiguous()
     k, n = Y.shape
     if k == 0 or n == 0:
         return Y.clone()
     config = UPDATE_CONFIGS[Y.dtype, k > UPDATE_CONFIGS[Y.dtype, False].block_k]
-    grid = (triton.cdiv(k, config.block_k), triton.cdiv(n, config.block_n))
+    grid = (triton.cdiv(k, config.block_k) * triton.cdiv(n, config.block_n),)
     source, spare = Y, torch.empty_like(Y)
-    for sweep in range(sweeps):
-        multiplicative_update_kernel[grid](
-            source, ZtA, ZtZ, spare, k, n, n, n, n, eps,
-            BLOCK_K=config.block_k, BLOCK_J=config.block_j, BLOCK_N=config.block_n, PRECISION=config.precision,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-        # The caller's Y is only read: the second sweep needs a buffer of its own, later ones swap.
-        source, spare = spare, torch.empty_like(Y) if sweep == 0 and sweeps > 1 else source
+    with _device_of(Y):
+        for sweep in range(sweeps):
+            multiplicative_update_kernel[grid](
+                source, ZtA, ZtZ, spare, k, n, n, n, n, eps,
+                BLOCK_K=config.block_k, BLOCK_J=config.block_j, BLOCK_N=config.block_n, PRECISION=config.precision,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
+            # The caller's Y is only read: the second sweep needs a buffer of its own, later ones swap.
+            source, spare = spare, torch.empty_like(Y) if sweep == 0 and sweeps > 1 else source
     return source
 
 
@@ -163,11 +174,12 @@ def winner_take_all(Z: Tensor, count: int) -> SparseColumns:
     d, k = Z.shape
     indices = torch.empty(k, count, dtype=torch.int64, device=Z.device)
     values = torch.empty(k, count, dtype=Z.dtype, device=Z.device)
-    if k and count:
-        winner_take_all_kernel[(k,)](
-            Z, indices, values, d, count, Z.stride(0), Z.stride(1),
-            BITS=63 if Z.dtype == torch.float64 else 31,
-            BLOCK=min(SELECT_BLOCK, triton.next_power_of_2(d)),
-            num_warps=SELECT_WARPS,
-        )  # fmt: skip
+    with _device_of(Z):
+        if k and count:
+            winner_take_all_kernel[(k,)](
+                Z, indices, values, d, count, Z.stride(0), Z.stride(1),
+                BITS=63 if Z.dtype == torch.float64 else 31,
+                BLOCK=min(SELECT_BLOCK, triton.next_power_of_2(d)),
+                num_warps=SELECT_WARPS,
+            )  # fmt: skip
     return SparseColumns(indices, values, d)

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import _backends
-from ._data import DataMatrix, as_matrix, relative
+from . import _backends, _checks
+from ._data import DataMatrix, as_matrix, full_precision, relative
 from ._version import __version__
 from .sparse import SparseColumns
 
@@ -134,20 +134,20 @@ class Factorization:
             raise ValueError(
                 f"A: wanted {Z.shape[0]} rows (neurons), as Z has, got shape {tuple(matrix.shape)}"
             )
-        if not tol > 0:
+        if not _checks.number("tol", tol) > 0:
             raise ValueError(f"tol: wanted a number > 0, got {tol}")
-        if max_sweeps < 1:
-            raise ValueError(f"max_sweeps: wanted at least 1, got {max_sweeps}")
+        max_sweeps = _checks.integer("max_sweeps", max_sweeps, 1)
         Z = Z.to(matrix.device)
         kernels = _backends.choose_all(matrix.device, Z.dtype, backend)
-        data = DataMatrix(matrix, Z.dtype, kernels)
-        sparse = self._sparse_features(Z)
-        if self.neuron_scale is not None:
-            scale = _tensor(self.neuron_scale).to(matrix.device)
-            data.divide_neurons(scale)
-            sparse = sparse.scaled_rows(1 / scale)
-        Y, residual = solve_coefficients(data, sparse, tol, max_sweeps)
-        error = float(data.unscaled_residual_row_squares(Z, Y).sum())
+        with full_precision(matrix.device):
+            data = DataMatrix(matrix, Z.dtype, kernels)
+            sparse = _sparse_features(Z)
+            if self.neuron_scale is not None:
+                scale = _tensor(self.neuron_scale).to(matrix.device)
+                data.divide_neurons(scale)
+                sparse = sparse.scaled_rows(1 / scale)
+            Y, residual = solve_coefficients(data, sparse, tol, max_sweeps)
+            error = float(data.unscaled_residual_row_squares(Z, Y).sum())
         return Encoding(
             Y=Y.numpy() if isinstance(A, np.ndarray) else Y,
             kkt_residual=residual,
@@ -164,12 +164,12 @@ class Factorization:
             raise ValueError(
                 f"path: wanted a file name, got the folder {path}; add a name such as 'factors.safetensors'"
             )
-        sparse = self._sparse_features(_tensor(self.Z).cpu())
+        sparse = _sparse_features(_tensor(self.Z).cpu())
         tensors = {
             "indices": sparse.indices,
             "values": sparse.values,
             "Y": _tensor(self.Y).cpu().contiguous(),
-            "loss_history": torch.tensor(self.loss_history, dtype=torch.float64),
+            "loss_history": torch.tensor(self.loss_history, dtype=torch.float64, device="cpu"),
             "dead_features": _tensor(self.dead_features).cpu(),
         }
         if self.neuron_scale is not None:
@@ -185,8 +185,8 @@ class Factorization:
             "stop_reason": self.stop_reason.name,
             "backend": self.backend,
             "options": dict(self.options),
-            "sha256": _checksum(tensors),
         }
+        header["sha256"] = _checksum(header, tensors)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
         try:
@@ -218,18 +218,26 @@ class Factorization:
             raise ValueError(
                 f"path: {path} was not written by Factorization.save (it has no snmf_kernels header)"
             )
-        header = json.loads(metadata["snmf_kernels"])
-        if header.get("format") != _FORMAT:
-            raise ValueError(f"path: {path} holds {header.get('format')!r}, wanted {_FORMAT!r}")
-        if header["format_version"] > _FORMAT_VERSION:
+        try:
+            header = json.loads(metadata["snmf_kernels"])
+        except json.JSONDecodeError as error:
+            raise _damaged(path, f"has an unreadable header ({error})") from error
+        if not isinstance(header, dict) or header.get("format") != _FORMAT:
+            found = header.get("format") if isinstance(header, dict) else header
+            raise ValueError(f"path: {path} holds {found!r}, wanted {_FORMAT!r}")
+        version = header.get("format_version")
+        if not isinstance(version, int):
+            raise _damaged(path, "names no format version")
+        if version > _FORMAT_VERSION:
             raise ValueError(
-                f"path: {path} has format {header['format_version']}, this version reads up to {_FORMAT_VERSION}; "
-                f"upgrade snmf-kernels (the file was written by {header['snmf_kernels']})"
+                f"path: {path} has format {version}, this version reads up to {_FORMAT_VERSION}; "
+                f"upgrade snmf-kernels (the file was written by {header.get('snmf_kernels')})"
             )
         missing = [name for name in _TENSORS if name not in tensors]
-        if missing or _checksum(tensors) != header["sha256"]:
-            what = f"lacks {', '.join(missing)}" if missing else "does not match its checksum"
-            raise ValueError(f"path: {path} {what}; it is damaged: fit again or take another copy")
+        if missing:
+            raise _damaged(path, f"lacks {', '.join(missing)}")
+        if _checksum(header, tensors) != header.get("sha256"):
+            raise _damaged(path, "does not match its checksum")
         return cls(
             Z=SparseColumns(tensors["indices"], tensors["values"], header["d"]).to_dense(),
             Y=tensors["Y"],
@@ -243,12 +251,12 @@ class Factorization:
             options=header["options"],
         )
 
-    def _sparse_features(self, Z: Tensor) -> SparseColumns:
-        """Z in sparse form, with as many entries to a column as the fullest one has."""
-        from .reference import winner_take_all
 
-        count = max(1, int((Z != 0).sum(0).max()))
-        return winner_take_all(Z, count)
+def _sparse_features(Z: Tensor) -> SparseColumns:
+    """Z in sparse form, with as many entries to a column as the fullest one has."""
+    count = max(1, int((Z != 0).sum(0).max()))
+    select = _backends.choose("winner_take_all", Z.device, Z.dtype).function
+    return select(Z, count)
 
 
 def solve_coefficients(
@@ -261,6 +269,11 @@ def solve_coefficients(
     kernels = data.kernels
     ZtA = data.sparse_transposed_times(Z)
     ZtZ = kernels.sparse_product(Z, Z.to_dense())
+    if not bool(ZtA.sum().isfinite()):
+        raise FloatingPointError(
+            f"A: its products with Z are not finite in {str(ZtA.dtype).removeprefix('torch.')}; "
+            "divide A by its largest magnitude, or fit with dtype=torch.float64"
+        )
     Y = torch.zeros_like(ZtA)
     sweeps, residual = 0, torch.inf
     while sweeps < max_sweeps and residual > tol:
@@ -280,16 +293,23 @@ def kkt_residual(Y: Tensor, ZtA: Tensor, ZtZ: Tensor) -> float:
     diagonal = torch.diagonal(ZtZ)
     alive = diagonal > 0
     step = torch.addmm(ZtA[alive], ZtZ[alive], Y, beta=-1) / diagonal[alive, None]
-    violation = torch.minimum(Y[alive], step).norm()
-    return float(violation / Y.norm().clamp(min=torch.finfo(Y.dtype).tiny)) if violation > 0 else 0.0
+    violation = float(torch.minimum(Y[alive], step).norm())
+    # Written so that NaN is passed on.
+    return 0.0 if violation == 0 else violation / max(float(Y.norm()), torch.finfo(Y.dtype).tiny)
 
 
 def _tensor(array: Array) -> Tensor:
     return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(f"path: {path} {what}; it is damaged: fit again or take another copy")
+
+
+def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the header (but for the checksum itself) and of all tensors."""
+    rest = {key: value for key, value in header.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

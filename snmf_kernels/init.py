@@ -5,30 +5,36 @@ All take the activations as a ``DataMatrix`` (so that a neuron scale applies) an
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ._data import DataMatrix
 
 FLOOR = 1e-6  # the paper's: multiplicative updates cannot leave an exact zero
+# Drawn on the CPU in float32, so that a seed means the same start on every device, in every dtype, and whatever
+# torch's own defaults are.
+DRAWN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 def random_init(data: DataMatrix, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """``Z ~ N(0, 1)``, ``Y ~ U(0, 1)`` clamped at 1e-6 (the paper's default)."""
-    Y = _on(data, torch.rand(k, data.n, generator=generator)).clamp_(min=FLOOR)
-    Z = _on(data, torch.randn(data.d, k, generator=generator))
+    Y = _on(data, torch.rand(k, data.n, generator=generator, **DRAWN)).clamp_(min=FLOOR)
+    Z = _on(data, torch.randn(data.d, k, generator=generator, **DRAWN))
     return Z, Y
 
 
 def svd_init(data: DataMatrix, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """``Z = U √Σ``, ``Y = max(√Σ Vᵀ, 1e-6)`` from the leading k singular triplets.
 
+    Of the two signs of a triplet, that is taken whose V has the larger positive part.
     The triplets come from a randomised range finder with power iterations (Halko, Martinsson & Tropp 2011,
     algorithm 4.4). Where k exceeds the rank that A can have, the remaining features start at random.
     """
     rank = min(k, data.d, data.n)
     width = min(rank + 10, data.d, data.n)
-    basis = _on(data, torch.randn(data.n, width, generator=generator))
+    basis = _on(data, torch.randn(data.n, width, generator=generator, **DRAWN))
     basis = _orthonormal(data.times(basis).T)  # [d, width]
     for _ in range(4):
         basis = _orthonormal(data.transposed_times(basis).T)  # [n, width]
@@ -36,9 +42,12 @@ def svd_init(data: DataMatrix, k: int, generator: torch.Generator) -> tuple[Tens
     small = data.transposed_times(basis)  # [width, n]
     U, S, Vh = torch.linalg.svd(small, full_matrices=False)
     root = S[:rank].clamp(min=0).sqrt()
+    V = Vh[:rank]
+    # The sign of a pair of singular vectors is arbitrary: take that which loses less to the clamp.
+    sign = torch.where(V.clamp(min=0).norm(dim=1) >= V.clamp(max=0).norm(dim=1), 1.0, -1.0).to(V.dtype)
     Z, Y = random_init(data, k, generator)
-    Z[:, :rank] = (basis @ U[:, :rank]) * root
-    Y[:rank] = (root[:, None] * Vh[:rank]).clamp(min=FLOOR)
+    Z[:, :rank] = (basis @ U[:, :rank]) * (sign * root)
+    Y[:rank] = ((sign * root)[:, None] * V).clamp(min=FLOOR)
     return Z, Y
 
 
@@ -77,7 +86,6 @@ def kmeans_init(
 
 
 def _on(data: DataMatrix, drawn: Tensor) -> Tensor:
-    # Drawn on the CPU in float32, so that a seed means the same start on every device and in every dtype.
     return drawn.to(data.device, data.dtype)
 
 
@@ -92,7 +100,7 @@ def _squared_distances(block: Tensor, centroids: Tensor) -> Tensor:
 
 
 def _seeds(data: DataMatrix, clusters: int, generator: torch.Generator) -> Tensor:
-    chosen = [int(torch.randint(data.n, (1,), generator=generator))]
+    chosen = [int(torch.randint(data.n, (1,), generator=generator, device="cpu"))]
     distance = torch.full((data.n,), torch.inf, dtype=data.dtype, device=data.device)
     for _ in range(1, clusters):
         newest = data.columns(torch.tensor(chosen[-1:], device=data.device))
@@ -102,7 +110,7 @@ def _seeds(data: DataMatrix, clusters: int, generator: torch.Generator) -> Tenso
         # Inverse sampling on the CPU: torch.multinomial takes at most 2**24 categories.
         cumulative = distance.double().cpu().cumsum(0)
         if cumulative[-1] > 0:
-            draw = torch.rand(1, generator=generator, dtype=torch.float64) * cumulative[-1]
+            draw = torch.rand(1, generator=generator, dtype=torch.float64, device="cpu") * cumulative[-1]
             chosen.append(min(int(torch.searchsorted(cumulative, draw, right=True)), data.n - 1))
         else:  # only copies of the seeds are left
             taken = set(chosen)

@@ -127,6 +127,8 @@ def ridge_solve(G: Tensor, B: Tensor, *, ridge: float = 1e-6, backend: str = "au
 
 
 def _check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: wanted a torch tensor, got {type(tensor).__name__}")
     if tensor.ndim != 2 or tensor.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(

@@ -6,14 +6,15 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import _backends
-from ._data import DataMatrix, as_matrix, relative
+from . import _backends, _checks
+from ._data import DataMatrix, as_matrix, full_precision, relative
 from .factorization import Factorization, StopReason, solve_coefficients
 from .init import FLOOR, INITS
 from .sparse import SparseColumns
@@ -65,11 +66,6 @@ class Options:
     backend: str
 
     def __post_init__(self) -> None:
-        _check_integer("k", self.k, 1)
-        _check_integer("sweeps", self.sweeps, 1)
-        _check_integer("max_iter", self.max_iter, 1)
-        _check_integer("patience", self.patience, 1)
-        _check_integer("seed", self.seed, 0)
         if not 0 < self.keep <= 1:
             raise ValueError(
                 f"keep: wanted a fraction in (0, 1] (0.01 keeps 1 % of the neurons), got {self.keep}"
@@ -78,10 +74,6 @@ class Options:
             raise ValueError(f"solver: wanted one of {', '.join(SOLVERS)}, got {self.solver!r}")
         if self.neuron_scale not in (None, "rms"):
             raise ValueError(f"neuron_scale: wanted None or 'rms', got {self.neuron_scale!r}")
-        for name in ("ridge", "tol"):
-            value = getattr(self, name)
-            if not (0 <= value < math.inf):
-                raise ValueError(f"{name}: wanted a finite number >= 0, got {value}")
 
 
 def fit(
@@ -122,9 +114,10 @@ def fit(
             Never written to.
         k: number of features.
         keep: fraction of neurons that a feature keeps.
-        solver: ``"mu"`` is the paper's iteration, step for step. ``"auto"`` is the same iteration with
+        solver: ``"mu"`` is the paper's iteration, step for step; its 1e-6 in step 4 is absolute, so entries of A
+            should not be much below 0.01 (or use ``neuron_scale``). ``"auto"`` is the same iteration with
             several sweeps of step 4 to each pass over A, which reaches the same loss in a fraction of the
-            passes.
+            passes; its 1e-6 is relative to the mean square of A, so that the scale of A does not matter.
         sweeps: how often step 4 is repeated in an iteration. Default: 1 for ``"mu"``, 10 for ``"auto"``.
         init: ``"random"`` (the paper's), ``"svd"``, ``"kmeans"``, or a pair ``(Z0 [d, k], Y0 [k, n])``. Of
             the pair one may be None: without Y0 the start is the non-negative least squares solution on Z0;
@@ -157,29 +150,29 @@ def fit(
     working = _working_dtype(dtype, matrix.dtype)
     fast = solver != "mu"
     options = Options(
-        k=k,
-        keep=keep,
+        k=_checks.integer("k", k, 1),
+        keep=_checks.number("keep", keep),
         solver=solver,
-        sweeps=(10 if fast else 1) if sweeps is None else sweeps,
+        sweeps=(10 if fast else 1) if sweeps is None else _checks.integer("sweeps", sweeps, 1),
         init=init if isinstance(init, str) else "given",
         neuron_scale=neuron_scale,
-        ridge=ridge,
-        max_iter=(200 if fast else 1000) if max_iter is None else max_iter,
-        tol=1e-4 if tol is None else tol,
-        patience=(10 if fast else 50) if patience is None else patience,
-        seed=seed,
+        ridge=_checks.number("ridge", ridge),
+        max_iter=(200 if fast else 1000) if max_iter is None else _checks.integer("max_iter", max_iter, 1),
+        tol=1e-4 if tol is None else _checks.number("tol", tol),
+        patience=(10 if fast else 50) if patience is None else _checks.integer("patience", patience, 1),
+        seed=_checks.integer("seed", seed, 0),
         dtype=str(working).removeprefix("torch."),
         backend=backend,
     )
     matrix = matrix.to(_device(device, matrix.device))
-    kernels = _backends.choose_all(matrix.device, working, backend, k)
-    data = DataMatrix(matrix, working, kernels)
-    if neuron_scale == "rms":
-        data.scale_neurons()
-    Y = _start(data, init, options)
-    with _Progress(progress, options.max_iter) as bar:
+    kernels = _backends.choose_all(matrix.device, working, backend, options.k)
+    with full_precision(matrix.device), _Progress(progress, options.max_iter) as bar:
+        data = DataMatrix(matrix, working, kernels)
+        if neuron_scale == "rms":
+            data.scale_neurons()
+        Y = _start(data, init, options)
         found = _iterate(data, Y, options, (*bar.callbacks, *([callback] if callback else [])))
-    return _result(data, found, options, as_numpy=isinstance(A, np.ndarray))
+        return _result(data, found, options, as_numpy=isinstance(A, np.ndarray))
 
 
 @dataclasses.dataclass
@@ -194,8 +187,12 @@ class _Found:
 
 def _iterate(data: DataMatrix, Y: Tensor, options: Options, callbacks: Iterable[Callback]) -> _Found:
     kernels = data.kernels
-    count = math.ceil(options.keep * data.d)
+    count = kept_count(options.keep, data.d)
     squared_norm = data.squared_norm()
+    eps = EPS
+    if options.solver != "mu":
+        # The paper's constant suits entries of order one; taken relative to them, the scale of A does not matter.
+        eps *= relative(squared_norm, data.d * data.n) or 1.0
     # The loss is a difference of sums of this size, which are float64 sums of entries in the working dtype.
     rounding = 8 * torch.finfo(data.dtype).eps * squared_norm
     losses: list[float] = []
@@ -212,16 +209,13 @@ def _iterate(data: DataMatrix, Y: Tensor, options: Options, callbacks: Iterable[
         Z = Z.scaled_columns(norms)
         ZtA = data.sparse_transposed_times(Z)
         ZtZ = kernels.sparse_product(Z, Z.to_dense())
-        Y = kernels.multiplicative_update(Y / norms[:, None], ZtA, ZtZ, EPS, options.sweeps)
+        Y = kernels.multiplicative_update(Y / norms[:, None], ZtA, ZtZ, eps, options.sweeps)
         del ZtA
         # These serve the next iteration and give this one's loss: ‖A‖² − 2⟨A Yᵀ, Z⟩ + ⟨ZᵀZ, Y Yᵀ⟩.
         AYt, YYt = data.times(Y.T), Y @ Y.T
         loss = squared_norm + float(_dot(ZtZ, YYt) - 2 * _dot(Z.gather(AYt), Z.values))
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss became {loss} in iteration {n_iter}: the values of A are too large for {options.dtype}; "
-                "divide A by its largest magnitude, or pass dtype=torch.float64"
-            )
+            raise _too_large(options.dtype)
         loss = max(loss, 0.0)
         losses.append(loss)
         if loss < best_loss:
@@ -260,12 +254,26 @@ def _least_squares(AYt: Tensor, YYt: Tensor, ridge: float, kernels: _backends.Ke
     floor = float(
         torch.finfo(YYt.dtype).eps * torch.diagonal(YYt).max().clamp(min=torch.finfo(YYt.dtype).tiny)
     )
+    if not math.isfinite(floor):
+        raise _too_large(str(YYt.dtype).removeprefix("torch."))
     while True:
         X, info = kernels.ridge_solve(G, B, ridge)
         if int(info[0]) == 0:
             return X[0].to(AYt.dtype)
         ridge = max(10 * ridge, floor)
         logger.debug("Y Yᵀ is singular to working precision; ridge raised to %.3g", ridge)
+
+
+def kept_count(keep: float, d: int) -> int:
+    """``ceil(keep·d)`` of the decimal fraction that was written: 0.07 of 100 neurons is 7, not 8."""
+    return math.ceil(Fraction(repr(keep)) * d)
+
+
+def _too_large(dtype: str) -> FloatingPointError:
+    return FloatingPointError(
+        f"the solver's sums are not finite in {dtype}: the values of A, or of a given start, are too large; "
+        "divide them by their largest magnitude, or pass dtype=torch.float64"
+    )
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
@@ -292,7 +300,7 @@ def _start(data: DataMatrix, init: str | tuple[Any, Any], options: Options) -> T
     if Y0 is not None:
         if bool((Y0 < 0).any()):
             raise ValueError(f"init[1]: wanted Y0 >= 0, got {int((Y0 < 0).sum())} negative entries")
-        return Y0.clamp(min=FLOOR)
+        return _floored(Y0)
     if Z0 is None:
         raise ValueError(
             "init: wanted Z0, Y0 or both, got (None, None); use init='random' for a random start"
@@ -303,7 +311,13 @@ def _start(data: DataMatrix, init: str | tuple[Any, Any], options: Options) -> T
     Y, _ = solve_coefficients(
         data, SparseColumns(every_row, Z0.T.contiguous(), data.d), tol=1e-3, max_sweeps=100
     )
-    return Y.clamp_(min=FLOOR)
+    return _floored(Y)
+
+
+def _floored(Y: Tensor) -> Tensor:
+    """Y without zeros: at least 1e-6 of each row's largest entry, whatever its scale (1e-6 where a row is zero)."""
+    largest = Y.amax(1, keepdim=True)
+    return torch.maximum(Y, FLOOR * torch.where(largest > 0, largest, 1))
 
 
 def _given(name: str, value: Any, data: DataMatrix) -> Tensor | None:
@@ -371,13 +385,6 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: wanted an integer >= {least}, got {value!r} ({type(value).__name__})")
-    if value < least:
-        raise ValueError(f"{name}: wanted an integer >= {least}, got {value}")
 
 
 def _working_dtype(dtype: torch.dtype | None, of_data: torch.dtype) -> torch.dtype:

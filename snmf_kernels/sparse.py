@@ -22,6 +22,18 @@ class SparseColumns:
     values: Tensor
     d: int
 
+    def __post_init__(self) -> None:
+        if self.indices.dtype != torch.int64 or self.indices.ndim != 2:
+            raise ValueError(
+                f"indices: wanted an int64 matrix [k, count], got {self.indices.dtype} "
+                f"of shape {tuple(self.indices.shape)}"
+            )
+        if self.values.shape != self.indices.shape or self.values.device != self.indices.device:
+            raise ValueError(
+                f"values: wanted shape {tuple(self.indices.shape)} on {self.indices.device} to go with indices, "
+                f"got {tuple(self.values.shape)} on {self.values.device}"
+            )
+
     @property
     def k(self) -> int:
         """Number of columns."""

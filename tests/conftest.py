@@ -49,11 +49,12 @@ def poisoned_memory(monkeypatch):
 
 @pytest.fixture
 def level(request):
-    """Runs a test at one instruction level of the CPU kernels, and puts the best one back."""
+    """Runs a test at one instruction level of the CPU kernels, and puts the former one back."""
     module = _backends.compiled_module()
-    names = module.build_info()["levels"].split(",")
+    info = module.build_info()
+    names = info["levels"].split(",")
     if request.param not in names:
         pytest.skip(f"this processor has no {request.param}")
     module.set_level(request.param)
     yield request.param
-    module.set_level(names[-1])
+    module.set_level(info["level"])

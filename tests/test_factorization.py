@@ -72,12 +72,19 @@ def test_encode_errors(fitted):
         result.encode(torch.ones(5, 3))
     with pytest.raises(ValueError, match="tol: wanted a number > 0"):
         result.encode(torch.ones(90, 3), tol=0)
-    with pytest.raises(ValueError, match="max_sweeps: wanted at least 1"):
+    with pytest.raises(ValueError, match="max_sweeps: wanted an integer >= 1"):
         result.encode(torch.ones(90, 3), max_sweeps=0)
     with pytest.raises(ValueError, match="1 of 270 NaN or infinite"):
         result.encode(
             torch.ones(90, 3).index_put((torch.tensor(1), torch.tensor(1)), torch.tensor(torch.nan))
         )
+
+
+def test_encode_notices_overflow(fitted):
+    _, result = fitted
+    for value, dtype in ((1e60, torch.float64), (3e38, torch.float32)):
+        with pytest.raises(FloatingPointError, match="A: its products with Z are not finite in float32"):
+            result.encode(torch.full((90, 4), value, dtype=dtype))
 
 
 @pytest.mark.parametrize("neuron_scale", [None, "rms"])
@@ -150,6 +157,19 @@ def test_damaged_and_foreign_files(tmp_path, fitted):
     save_file({"weight": torch.ones(2)}, path, metadata={"snmf_kernels": json.dumps({"format": "other"})})
     with pytest.raises(ValueError, match="holds 'other'"):
         Factorization.load(path)
+
+
+def test_a_damaged_header_is_noticed(tmp_path, fitted):
+    path = tmp_path / "f.safetensors"
+    fitted[1].save(path)
+    whole = path.read_bytes()
+    header_end = 8 + int.from_bytes(whole[:8], "little")
+    for position in range(8, header_end, 3):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1
+        path.write_bytes(bytes(flipped))
+        with pytest.raises(ValueError, match=r"damaged|was not written by|holds|has format"):
+            Factorization.load(path)
 
 
 def test_a_newer_format_is_refused(tmp_path, fitted):

@@ -61,6 +61,16 @@ def test_kmeans_reseeds_empty_clusters():
     assert torch.bincount(Y.argmax(0), minlength=4).min() >= 1
 
 
+def test_svd_takes_the_sign_that_loses_less():
+    A = planted(60, 100, 4, keep=0.2, noise=0.1)[0]
+    starts = [svd_init(data_of(sign * A), 4, generator())[1] for sign in (1, -1)]
+    assert torch.allclose(*starts, atol=1e-4)
+    _, _, Vh = torch.linalg.svd(A, full_matrices=False)
+    kept = torch.maximum(Vh[:4].clamp(min=0).norm(dim=1), Vh[:4].clamp(max=0).norm(dim=1))
+    shares = (starts[0] / starts[0].norm(dim=1, keepdim=True) * Vh[:4]).sum(1).abs()
+    assert torch.allclose(shares, kept, atol=1e-3)
+
+
 @pytest.mark.parametrize("init", INITS)
 def test_starts_are_floored_and_reproducible(init):
     A = planted(40, 70, 5, keep=0.2, noise=0.5)[0]

@@ -12,6 +12,12 @@ from snmf_kernels import SparseColumns, _backends, ops, reference
 
 LEVELS = ["v2", "v3", "v4"]
 DTYPES = [torch.float32, torch.float64]
+SWEEPS = [
+    (operation, backend)
+    for operation in ("multiplicative_update", "coordinate_descent")
+    for backend in ("cpp", "torch", "triton")
+    if operation in _backends.PROVIDES[backend]
+]
 # (k, n): ones, primes, multiples of a tile and one off, k above and below n.
 COEFFICIENT_SHAPES = [(1, 1), (1, 65), (7, 3), (16, 64), (31, 129), (67, 200), (130, 33)]
 
@@ -56,6 +62,27 @@ def test_coordinate_descent(backend, device, sweeps, k, n, dtype):
     assert_near(got, wanted, DESCENT_TOLERANCE[dtype])
     assert torch.equal(Y, before), "the argument was changed"
     assert bool((got >= 0).all())
+
+
+@pytest.mark.parametrize(("operation", "backend"), SWEEPS)
+def test_strided_arguments(operation, backend):
+    device = "cuda" if backend == "triton" and GPU else "cpu"
+    Y, ZtA, ZtZ = coefficient_problem(7, 70, torch.float32, device)
+    wanted = getattr(reference, operation)(Y, ZtA, ZtZ, sweeps=2)
+    wide = [torch.stack([tensor, tensor + 9], dim=1)[:, 0] for tensor in (Y, ZtA)]  # rows apart
+    turned = [tensor.T.contiguous().T for tensor in (Y, ZtA, ZtZ)]
+    for y, p, q in ((*wide, ZtZ), turned):
+        assert_near(getattr(ops, operation)(y, p, q, sweeps=2, backend=backend), wanted, 4e-6)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize(("operation", "backend"), SWEEPS)
+def test_nan_stays_visible(operation, backend, place):
+    arguments = list(
+        coefficient_problem(5, 20, torch.float32, "cuda" if backend == "triton" and GPU else "cpu")
+    )
+    arguments[place][2, 3] = torch.nan
+    assert bool(getattr(ops, operation)(*arguments, backend=backend).isnan().any())
 
 
 @pytest.mark.parametrize("operation", ["multiplicative_update", "coordinate_descent"])
@@ -106,6 +133,13 @@ def test_winner_take_all(backend, device, values, layout, d, k, count, dtype):
     # A discrete choice: equal to the bit, order included.
     assert torch.equal(got.indices.cpu(), wanted.indices)
     assert torch.equal(got.values.cpu(), wanted.values)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_winner_take_all_of_nan_stays_in_bounds(backend):
+    # All bits set: the largest key there is.
+    Z = torch.full((1000, 2), 2**31 - 1, dtype=torch.int32).view(torch.float32)
+    assert ops.winner_take_all(Z, 3, backend=backend).indices.tolist() == [[0, 1, 2]] * 2
 
 
 def test_winner_take_all_reference_by_hand():
@@ -250,6 +284,14 @@ REFUSALS = {
         lambda y, p, q: ops.sparse_product(SparseColumns(torch.tensor([[5]]), torch.ones(1, 1), 5), y),
         "Z.indices: wanted rows from 0 to 4, got 5 to 5",
     ),
+    "indices type": (
+        lambda y, p, q: SparseColumns(torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, 2), 5),
+        "indices: wanted an int64 matrix",
+    ),
+    "values shape": (
+        lambda y, p, q: SparseColumns(torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, 1), 5),
+        r"values: wanted shape \(2, 5\)",
+    ),
     "G shape": (lambda y, p, q: ops.ridge_solve(q[None], p[None, :2]), r"G: wanted shape \(1, 2, 2\)"),
     "G rank": (
         lambda y, p, q: ops.ridge_solve(q, p[None]),
@@ -268,6 +310,11 @@ def test_arguments_are_checked(case):
     call, message = REFUSALS[case]
     with pytest.raises(ValueError, match=message):
         call(*coefficient_problem(5, 12, torch.float32, "cpu"))
+
+
+def test_arrays_are_refused_by_type():
+    with pytest.raises(TypeError, match="Z: wanted a torch tensor, got ndarray"):
+        ops.winner_take_all(torch.ones(3, 4).numpy(), 1)
 
 
 def test_a_named_backend_raises_with_a_reason():

@@ -78,7 +78,8 @@ def test_a_missing_extension_is_explained():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_does_not_hang():
+def test_kernels_do_not_hang_in_a_forked_child():
+    # Ours: torch's own parallel operations do, in a child of a process that has used them.
     code = (
         "import os, torch, snmf_kernels\n"
         "torch.set_num_threads(2)\n"
@@ -126,6 +127,21 @@ def test_choice_of_backend():
     assert "float32 or float64, not bfloat16" in _backends.refusal("cpp", CPU, torch.bfloat16)
     assert "it has no ridge_solve" in _backends.refusal("triton", CPU, torch.float32, "ridge_solve")
     assert set(_backends.report()) == set(_backends.BACKENDS)
+
+
+def test_a_named_backend_must_run_something(monkeypatch):
+    real = _backends.refusal
+    monkeypatch.setattr(
+        _backends,
+        "refusal",
+        lambda backend, device, dtype, operation=None, k=None: (
+            ("too large" if operation else None)
+            if backend == "cuda"
+            else real(backend, device, dtype, operation, k)
+        ),
+    )
+    with pytest.raises(snmf_kernels.BackendError, match="'cuda' cannot run ridge_solve here: too large"):
+        _backends.choose_all(CPU, torch.float32, "cuda", 400)
 
 
 def test_interpreted_triton_is_never_chosen_by_itself():
