@@ -199,7 +199,7 @@ def collect(
         time.perf_counter() - started,
     )
     terminal.counts(screen, run.config)
-    screen.print(Text(f"\nNext: snmf fit {out} --k 100 --neuron-scale rms"), soft_wrap=True)
+    screen.print(Text(f"\nNext: {terminal.command()} fit {out} --k 100 --neuron-scale rms"), soft_wrap=True)
 
 
 @_command("fit")
@@ -257,7 +257,7 @@ def fit(
     )
     for layer, record in records:
         terminal.fitted(screen, layer, record)
-    screen.print(Text(f"\nNext: snmf features {run} --layer {wanted[0]}"), soft_wrap=True)
+    screen.print(Text(f"\nNext: {terminal.command()} features {run} --layer {wanted[0]}"), soft_wrap=True)
 
 
 @_command("features")

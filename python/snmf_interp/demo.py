@@ -143,11 +143,12 @@ def _afterword(screen: Console, opened: Run, model: str, layers: list[int]) -> N
         )
     )
     screen.print(Text("Try next", style="bold"))
+    snmf = terminal.command()
     for command, what in (
-        (f"snmf features {where} --layer {best.layer} --feature {best.index}", "one feature in full"),
-        (f"snmf features {where} --layer {layers[-1]} --sort energy", "the features that explain most"),
-        (f"snmf collect {model} YOUR.txt --layers {layers[0]},{layers[-1]} --out my-run", "your own text"),
-        (f"snmf doctor {model}", "is what we capture what the model computes?"),
+        (f"{snmf} features {where} --layer {best.layer} --feature {best.index}", "one feature in full"),
+        (f"{snmf} features {where} --layer {layers[-1]} --sort energy", "the features that explain most"),
+        (f"{snmf} collect {model} YOUR.txt --layers {layers[0]},{layers[-1]} --out my-run", "your own text"),
+        (f"{snmf} doctor {model}", "is what we capture what the model computes?"),
     ):
         screen.print(Text(f"  # {what}", style="dim"))
         screen.print(Text(f"  {command}"), soft_wrap=True)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +28,15 @@ def console() -> Console:
     """A console on stdout, as wide as the terminal, or 100 columns when there is none."""
     made = Console(highlight=False)
     return made if made.is_terminal else Console(highlight=False, width=_FILE_WIDTH)
+
+
+def command() -> str:
+    """What to type to run this command again: ``snmf`` where the shell finds it, else the path to it."""
+    running = Path(sys.argv[0])
+    on_path = shutil.which("snmf")
+    if running.name != "snmf" or (on_path and Path(on_path).resolve() == running.resolve()):
+        return "snmf"
+    return os.path.relpath(running)
 
 
 @contextmanager

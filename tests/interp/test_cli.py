@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import snmf_kernels
-from snmf_interp import LanguageModel, doctor, show
+from snmf_interp import LanguageModel, doctor, show, terminal
 from snmf_interp.cli import app, main
 
 Maker = Callable[..., LanguageModel]
@@ -228,3 +228,15 @@ def test_debug_may_stand_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(sys, "argv", ["snmf", "fit", str(tmp_path / "nowhere"), "--debug"])
     with pytest.raises(FileNotFoundError):
         main()
+
+
+@pytest.mark.parametrize("on_path", [True, False])
+def test_hints_name_a_command_that_the_shell_finds(tmp_path, monkeypatch, on_path):
+    program = tmp_path / "bin" / "snmf"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(program), "demo"])
+    monkeypatch.setenv("PATH", str(program.parent) if on_path else "/nonexistent")
+    assert terminal.command() == ("snmf" if on_path else "bin/snmf")
