@@ -121,17 +121,30 @@ def choose(
         BackendError: the named backend cannot run the operation here.
     """
     if backend == "auto":
-        # Interpreted kernels are for tests: on the CPU they are chosen by name only.
-        for name in BACKENDS:
-            interpreted = name == "triton" and device.type == "cpu"
-            if not interpreted and refusal(name, device, dtype, operation, k) is None:
-                return Choice(name, _function(name, operation))
-        raise AssertionError("the torch backend refuses nothing")
+        found = _first(_automatic(device), operation, device, dtype, k)
+        assert found is not None, "the torch backend refuses nothing"
+        return found
     check_name(backend)
     reason = refusal(backend, device, dtype, operation, k)
     if reason is not None:
         raise BackendError(f"backend: {backend!r} cannot run {operation}: {reason}; use backend='auto'")
     return Choice(backend, _function(backend, operation))
+
+
+def _automatic(device: torch.device) -> tuple[str, ...]:
+    """What ``"auto"`` tries on this device, in order."""
+    # Interpreted kernels are for tests: on the CPU they are chosen by name only.
+    return tuple(name for name in BACKENDS if name != "triton" or device.type != "cpu")
+
+
+def _first(
+    order: tuple[str, ...], operation: str, device: torch.device, dtype: torch.dtype, k: int | None
+) -> Choice | None:
+    """The first backend of ``order`` that does not refuse."""
+    for name in order:
+        if refusal(name, device, dtype, operation, k) is None:
+            return Choice(name, _function(name, operation))
+    return None
 
 
 def check_name(backend: str) -> None:
@@ -164,21 +177,17 @@ def choose_all(
         reason = refusal(backend, device, dtype)
         if reason is not None:
             raise BackendError(f"backend: {backend!r} cannot run here: {reason}; use backend='auto'")
-    order = BACKENDS if backend == "auto" else (backend, *COMPANIONS[backend])
+    order = _automatic(device) if backend == "auto" else (backend, *COMPANIONS[backend])
     functions = {}
     chosen = {}
     for operation in OPERATIONS:
         needed = torch.float64 if operation == "ridge_solve" and device.type != "mps" else dtype
-        for name in order:
-            if backend == "auto" and name == "triton" and device.type == "cpu":
-                continue
-            if refusal(name, device, needed, operation, k) is None:
-                functions[operation], chosen[operation] = _function(name, operation), name
-                break
-        else:
+        found = _first(order, operation, device, needed, k)
+        if found is None:
             raise BackendError(
                 f"backend: {backend!r} has nothing to run {operation} on {device}; use backend='auto'"
             )
+        chosen[operation], functions[operation] = found
     if backend != "auto" and backend not in chosen.values():
         operation = PROVIDES[backend][0]
         reason = refusal(

@@ -5,6 +5,8 @@ Arguments are taken as checked (``ops`` does so for users): CPU tensors, float32
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,26 +28,23 @@ def _row_stride(tensor: Tensor) -> int:
     return tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1]
 
 
-def multiplicative_update(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, eps: float = 1e-6, sweeps: int = 1) -> Tensor:
+def _sweep(kernel: Callable[..., None], Y: Tensor, ZtA: Tensor, ZtZ: Tensor, *options: float) -> Tensor:
     Y, ZtA, ZtZ = _row_contiguous(Y), _row_contiguous(ZtA), ZtZ.contiguous()
     k, n = Y.shape
     out = torch.empty(k, n, dtype=Y.dtype, device="cpu")
-    _C.multiplicative_update(
+    kernel(
         _name(Y), Y.data_ptr(), _row_stride(Y), ZtA.data_ptr(), _row_stride(ZtA), ZtZ.data_ptr(),
-        out.data_ptr(), n, k, n, eps, sweeps, torch.get_num_threads(),
+        out.data_ptr(), n, k, n, *options, torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def multiplicative_update(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, eps: float = 1e-6, sweeps: int = 1) -> Tensor:
+    return _sweep(_C.multiplicative_update, Y, ZtA, ZtZ, eps, sweeps)
 
 
 def coordinate_descent(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, sweeps: int = 1) -> Tensor:
-    Y, ZtA, ZtZ = _row_contiguous(Y), _row_contiguous(ZtA), ZtZ.contiguous()
-    k, n = Y.shape
-    out = torch.empty(k, n, dtype=Y.dtype, device="cpu")
-    _C.coordinate_descent(
-        _name(Y), Y.data_ptr(), _row_stride(Y), ZtA.data_ptr(), _row_stride(ZtA), ZtZ.data_ptr(),
-        out.data_ptr(), n, k, n, sweeps, torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+    return _sweep(_C.coordinate_descent, Y, ZtA, ZtZ, sweeps)
 
 
 def winner_take_all(Z: Tensor, count: int) -> SparseColumns:

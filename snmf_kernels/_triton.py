@@ -174,8 +174,8 @@ def winner_take_all(Z: Tensor, count: int) -> SparseColumns:
     d, k = Z.shape
     indices = torch.empty(k, count, dtype=torch.int64, device=Z.device)
     values = torch.empty(k, count, dtype=Z.dtype, device=Z.device)
-    with _device_of(Z):
-        if k and count:
+    if k and count:
+        with _device_of(Z):
             winner_take_all_kernel[(k,)](
                 Z, indices, values, d, count, Z.stride(0), Z.stride(1),
                 BITS=63 if Z.dtype == torch.float64 else 31,

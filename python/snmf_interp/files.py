@@ -43,6 +43,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file(dict(tensors), temporary)
 
 
+def read_versioned(path: Path, wanted: int) -> dict[str, Any]:
+    """Read a JSON object whose ``format`` is ``wanted``.
+
+    Raises:
+        ValueError: the file is damaged, or of another format.
+    """
+    content = read_json(path)
+    if content.get("format") != wanted:
+        raise ValueError(
+            f"{path.parent} has format {content.get('format')!r}; this version reads format {wanted}"
+        )
+    return content
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 

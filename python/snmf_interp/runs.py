@@ -96,11 +96,7 @@ class Run:
             raise FileNotFoundError(
                 f"{folder} has no {CONFIG}; run the same collect command again to finish it"
             )
-        config = files.read_json(folder / CONFIG)
-        if config.get("format") != FORMAT:
-            raise ValueError(
-                f"{folder} has format {config.get('format')!r}; this version reads format {FORMAT}"
-            )
+        config = files.read_versioned(folder / CONFIG, FORMAT)
         return cls(folder, config)
 
     @property

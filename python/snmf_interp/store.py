@@ -109,11 +109,7 @@ class ActivationStore:
             raise FileNotFoundError(
                 f"{folder} holds no activations; collect them first (`snmf collect MODEL TEXTS --out DIR`)"
             )
-        plan = files.read_json(folder / PLAN)
-        if plan.get("format") != FORMAT:
-            raise ValueError(
-                f"{folder} has format {plan.get('format')!r}; this version reads format {FORMAT}"
-            )
+        plan = files.read_versioned(folder / PLAN, FORMAT)
         if not (folder / MANIFEST).is_file():
             done = sum((folder / shard_name(i)).is_file() for i in range(len(plan["shards"])))
             raise FileNotFoundError(
