@@ -17,6 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .activations import collect
+    from .evaluation import (
+        Detection,
+        best_neurons,
+        evaluate_features,
+        permuted_labels,
+        random_directions,
+        split_texts,
+    )
     from .features import Feature, describe
     from .models import LanguageModel, load_model
     from .store import ActivationStore
@@ -24,24 +32,36 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ActivationStore",
+    "Detection",
     "Feature",
     "LanguageModel",
     "Sample",
+    "best_neurons",
     "collect",
     "describe",
+    "evaluate_features",
     "load_model",
+    "permuted_labels",
+    "random_directions",
     "read_texts",
+    "split_texts",
 ]
 
 _HOMES = {
     "ActivationStore": "store",
+    "Detection": "evaluation",
     "Feature": "features",
     "LanguageModel": "models",
     "Sample": "texts",
+    "best_neurons": "evaluation",
     "collect": "activations",
     "describe": "features",
+    "evaluate_features": "evaluation",
     "load_model": "models",
+    "permuted_labels": "evaluation",
+    "random_directions": "evaluation",
     "read_texts": "texts",
+    "split_texts": "evaluation",
 }
 
 
