@@ -103,6 +103,52 @@ void sparse_product(const std::string& dtype, const std::string& a_dtype, Addres
     });
 }
 
+py::tuple coefficient_pass(const std::string& dtype, const std::string& a_dtype, Address A, int64_t row_stride,
+                           int64_t column_stride, int64_t d, int64_t n, Address indices, Address values, int64_t k,
+                           int64_t count, Address ZtZ, Address Y, int64_t ldy, Address out, int64_t ldo, Address row_scale,
+                           Address shift, Address token_weights, Address AYt, Address feature_norms, int64_t max_active,
+                           Address residual_values, bool multiplicative, int sweeps, double eps, double tol, bool measure, int threads) {
+    const snmf::DType a_type = dtype_of(a_dtype);
+    double sums[snmf::sum_count];
+    with_type(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const snmf::PassArgs<T> args{at<void>(A), a_type, row_stride, column_stride, d, n,
+                                     at<int64_t>(indices), at<T>(values), k, count, at<T>(ZtZ), at<T>(Y), ldy,
+                                     at<T>(out), ldo, at<T>(row_scale), at<T>(shift), at<T>(token_weights), at<T>(AYt),
+                                     at<T>(feature_norms), max_active, at<T>(residual_values), sums,
+                                     static_cast<T>(eps),
+                                     static_cast<T>(tol), sweeps, multiplicative, measure, usable_threads(threads)};
+        const auto& kernels = snmf::kernels().of<T>();
+        py::gil_scoped_release release;
+        check(kernels.coefficient_pass(args));
+    });
+    return py::make_tuple(sums[0], sums[1], sums[2], sums[3], sums[4], static_cast<int>(sums[snmf::sum_sweeps]));
+}
+
+void column_descent(const std::string& dtype, Address YYt, Address AYt, Address indices, Address values, int64_t d,
+                    int64_t k, int64_t count, int sweeps) {
+    with_type(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const snmf::ColumnArgs<T> args{at<T>(YYt), at<T>(AYt), at<int64_t>(indices), at<T>(values),
+                                       d, k, count, sweeps};
+        const auto& kernels = snmf::kernels().of<T>();
+        py::gil_scoped_release release;
+        check(kernels.column_descent(args));
+    });
+}
+
+void support_solve(const std::string& dtype, Address G, Address offsets, Address members, Address B, Address X,
+                   Address info, int64_t k, int64_t d, double ridge, int threads) {
+    with_type(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const snmf::SupportArgs<T> args{at<T>(G), at<int64_t>(offsets), at<int64_t>(members), at<T>(B), at<T>(X),
+                                        at<int32_t>(info), k, d, static_cast<T>(ridge), usable_threads(threads)};
+        const auto& kernels = snmf::kernels().of<T>();
+        py::gil_scoped_release release;
+        check(kernels.support_solve(args));
+    });
+}
+
 void ridge_solve(const std::string& dtype, Address G, Address B, Address X, Address info, int64_t batch, int64_t k,
                  int64_t m, double ridge, int threads) {
     with_type(dtype, [&](auto zero) {
@@ -190,6 +236,16 @@ PYBIND11_MODULE(_C, module) {
                "count"_a, "indices"_a, "values"_a, "threads"_a);
     module.def("sparse_product", &sparse_product, "dtype"_a, "a_dtype"_a, "A"_a, "row_stride"_a, "column_stride"_a, "d"_a,
                "n"_a, "indices"_a, "values"_a, "k"_a, "count"_a, "out"_a, "threads"_a);
+    module.def("coefficient_pass", &coefficient_pass, "dtype"_a, "a_dtype"_a, "A"_a, "row_stride"_a, "column_stride"_a,
+               "d"_a, "n"_a, "indices"_a, "values"_a, "k"_a, "count"_a, "ZtZ"_a, "Y"_a, "ldy"_a, "out"_a, "ldo"_a, "row_scale"_a,
+               "shift"_a, "token_weights"_a, "AYt"_a, "feature_norms"_a, "max_active"_a,
+               "residual_values"_a, "multiplicative"_a, "sweeps"_a, "eps"_a,
+               "tol"_a, "measure"_a, "threads"_a,
+               "Returns the sums of kernels.hpp. Optional addresses are 0 for none.");
+    module.def("column_descent", &column_descent, "dtype"_a, "YYt"_a, "AYt"_a, "indices"_a, "values"_a, "d"_a, "k"_a,
+               "count"_a, "sweeps"_a);
+    module.def("support_solve", &support_solve, "dtype"_a, "G"_a, "offsets"_a, "members"_a, "B"_a, "X"_a, "info"_a, "k"_a,
+               "d"_a, "ridge"_a, "threads"_a);
     module.def("ridge_solve", &ridge_solve, "dtype"_a, "G"_a, "B"_a, "X"_a, "info"_a, "batch"_a, "k"_a, "m"_a, "ridge"_a,
                "threads"_a);
 #if defined(SNMF_WITH_CUDA)

@@ -49,6 +49,71 @@ struct SparseProductArgs {
     int threads;
 };
 
+// What a pass adds up over the tokens.
+enum Sum : int {
+    sum_dot = 0,        // weighted <ZtA - shift, Y>
+    sum_violation = 1,  // squared distance from the optimality conditions, if measure
+    sum_norm = 2,       // ‖Y‖²
+    sum_residual = 3,   // weighted ‖A − ZY‖², if residual_values
+    sum_data = 4,       // weighted ‖A‖², if residual_values
+    sum_sweeps = 5,     // the most sweeps that a tile took
+    sum_count = 6
+};
+
+template <typename T>
+struct PassArgs {
+    const void* A;   // as in SparseProductArgs
+    DType a_type;
+    int64_t row_stride, column_stride;
+    int64_t d, n;
+    const int64_t* indices;  // [k, count]
+    const T* values;         // [k, count]
+    int64_t k, count;
+    const T* ZtZ;    // [k, k], contiguous
+    const T* Y;      // [k, n], row stride ldy
+    int64_t ldy;
+    T* out;          // [k, n], row stride ldo; may be Y itself
+    int64_t ldo;
+    // Each of these may be null.
+    const T* row_scale;      // [k], multiplies the rows of Y before the first sweep
+    const T* shift;          // [k], subtracted from the rows of ZtA
+    const T* token_weights;  // [n], weights of the tokens in AYt and sums[0]
+    T* AYt;                  // [k, count]: A Yᵀ of the new Y at the kept entries
+    const T* feature_norms;  // [k], read if max_active > 0: contribution of a feature to a token is norm * y
+    int64_t max_active;      // at most so many features to a token; 0: any number
+    const T* residual_values;  // [k, count], Z in the units of A, to measure the residual with
+    double* sums;    // [6], see Sum
+    T eps;           // multiplicative update only
+    T tol;           // coordinate descent: a tile is done when a sweep changes it by less than tol ‖y‖
+    int sweeps;
+    int multiplicative;
+    int measure;
+    int threads;
+};
+
+template <typename T>
+struct ColumnArgs {
+    const T* YYt;    // [k, k], contiguous
+    const T* AYt;    // [k, d], contiguous
+    int64_t* indices;  // [k, count], ascending in each row; replaced
+    T* values;         // [k, count]; replaced
+    int64_t d, k, count;
+    int sweeps;
+};
+
+template <typename T>
+struct SupportArgs {
+    const T* G;              // [k, k], symmetric, contiguous
+    const int64_t* offsets;  // [d + 1]: the support of neuron r is members[offsets[r] : offsets[r + 1]]
+    const int64_t* members;  // features, each at most once to a neuron
+    const T* B;              // right-hand sides, as members
+    T* X;                    // solutions, as members
+    int32_t* info;           // [d], as in RidgeArgs
+    int64_t k, d;
+    T ridge;
+    int threads;
+};
+
 template <typename T>
 struct RidgeArgs {
     const T* G;      // [batch, k, k], symmetric; the lower triangle is read
@@ -66,7 +131,10 @@ struct KernelSet {
     int (*coordinate_descent)(const CoefficientArgs<T>&);
     int (*winner_take_all)(const SelectArgs<T>&);
     int (*sparse_product)(const SparseProductArgs<T>&);
+    int (*coefficient_pass)(const PassArgs<T>&);
+    int (*column_descent)(const ColumnArgs<T>&);
     int (*ridge_solve)(const RidgeArgs<T>&);
+    int (*support_solve)(const SupportArgs<T>&);
 };
 
 struct KernelTable {

@@ -6,12 +6,13 @@
 from . import ops, reference
 from ._backends import BackendError
 from ._version import __version__
-from .factorization import Encoding, Factorization, StopReason
+from .factorization import Certificate, Encoding, Factorization, StopReason
 from .solver import IterationState, fit
 from .sparse import SparseColumns
 
 __all__ = [
     "BackendError",
+    "Certificate",
     "Encoding",
     "Factorization",
     "IterationState",

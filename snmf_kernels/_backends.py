@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -21,8 +21,13 @@ OPERATIONS = (
     "coordinate_descent",
     "winner_take_all",
     "sparse_product",
+    "coefficient_pass",
+    "column_descent",
     "ridge_solve",
+    "support_solve",
 )
+# What is solved in float64, whatever the rest computes in.
+SOLVES = ("ridge_solve", "support_solve")
 # In order of preference.
 BACKENDS = ("cpp", "triton", "cuda", "torch")
 PROVIDES = {
@@ -161,7 +166,10 @@ class Kernels(NamedTuple):
     coordinate_descent: Callable[..., Any]
     winner_take_all: Callable[..., Any]
     sparse_product: Callable[..., Any]
+    coefficient_pass: Callable[..., Any]
+    column_descent: Callable[..., Any]
     ridge_solve: Callable[..., Any]
+    support_solve: Callable[..., Any]
 
 
 def choose_all(
@@ -181,7 +189,7 @@ def choose_all(
     functions = {}
     chosen = {}
     for operation in OPERATIONS:
-        needed = torch.float64 if operation == "ridge_solve" and device.type != "mps" else dtype
+        needed = torch.float64 if operation in SOLVES and device.type != "mps" else dtype
         found = _first(order, operation, device, needed, k)
         if found is None:
             raise BackendError(
@@ -190,10 +198,12 @@ def choose_all(
         chosen[operation], functions[operation] = found
     if backend != "auto" and backend not in chosen.values():
         operation = PROVIDES[backend][0]
-        reason = refusal(
-            backend, device, torch.float64 if operation == "ridge_solve" else dtype, operation, k
-        )
+        reason = refusal(backend, device, torch.float64 if operation in SOLVES else dtype, operation, k)
         raise BackendError(f"backend: {backend!r} cannot run {operation} here: {reason}; use backend='auto'")
+    if chosen["coefficient_pass"] == "torch":
+        # Composed of what this backend has.
+        own = [functions[name] for name in ("multiplicative_update", "coordinate_descent", "sparse_product")]
+        functions["coefficient_pass"] = partial(_function("torch", "composed_pass"), *own)
     return Kernels(chosen["multiplicative_update"] if backend == "auto" else backend, **functions)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import snmf_kernels._C as _C
 
-from .sparse import SparseColumns
+from .sparse import PassResult, SparseColumns, Supports
 
 
 def _name(tensor: Tensor) -> str:
@@ -67,6 +67,71 @@ def sparse_product(Z: SparseColumns, A: Tensor) -> Tensor:
         indices.data_ptr(), values.data_ptr(), Z.k, indices.shape[1], out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def coefficient_pass(
+    Y: Tensor,
+    Z: SparseColumns,
+    A: Tensor,
+    ZtZ: Tensor,
+    sweeps: int = 1,
+    *,
+    out: Tensor,
+    multiplicative: bool = False,
+    eps: float = 1e-6,
+    tol: float = 0.0,
+    row_scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    feature_norms: Tensor | None = None,
+    max_active: int = 0,
+    token_weights: Tensor | None = None,
+    residual_values: Tensor | None = None,
+    kept_products: bool = False,
+    measure: bool = False,
+) -> PassResult:
+    Y = _row_contiguous(Y)
+    target = out if out.stride(1) == 1 or out.shape[1] <= 1 else torch.empty_like(Y)
+    indices, values, ZtZ = Z.indices.contiguous(), Z.values.contiguous(), ZtZ.contiguous()
+    row_scale, shift, feature_norms, token_weights, residual_values = (
+        None if optional is None else optional.contiguous()
+        for optional in (row_scale, shift, feature_norms, token_weights, residual_values)
+    )
+    AYt = torch.empty_like(values) if kept_products else None
+    d, n = A.shape
+    sums = _C.coefficient_pass(
+        _name(Y), _name(A), A.data_ptr(), A.stride(0), A.stride(1), d, n, indices.data_ptr(), values.data_ptr(),
+        Z.k, indices.shape[1], ZtZ.data_ptr(), Y.data_ptr(), _row_stride(Y), target.data_ptr(), _row_stride(target),
+        _address(row_scale), _address(shift), _address(token_weights), _address(AYt), _address(feature_norms),
+        max_active, _address(residual_values), multiplicative, sweeps, eps, tol, measure, torch.get_num_threads(),
+    )  # fmt: skip
+    if target is not out:
+        out.copy_(target)
+    return PassResult(AYt, *sums)
+
+
+def _address(optional: Tensor | None) -> int:
+    return 0 if optional is None else optional.data_ptr()
+
+
+def column_descent(Z: SparseColumns, AYt: Tensor, YYt: Tensor, sweeps: int = 1) -> SparseColumns:
+    AYt, YYt = AYt.contiguous(), YYt.contiguous()
+    indices = Z.indices.clone(memory_format=torch.contiguous_format)
+    values = Z.values.clone(memory_format=torch.contiguous_format)
+    _C.column_descent(
+        _name(values), YYt.data_ptr(), AYt.data_ptr(), indices.data_ptr(), values.data_ptr(),
+        Z.d, Z.k, indices.shape[1], sweeps,
+    )  # fmt: skip
+    return SparseColumns(indices, values, Z.d)
+
+
+def support_solve(G: Tensor, supports: Supports, B: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
+    G, B = G.contiguous(), B.contiguous()
+    X, info = torch.empty_like(B), torch.empty(supports.d, dtype=torch.int32, device="cpu")
+    _C.support_solve(
+        _name(G), G.data_ptr(), supports.offsets.data_ptr(), supports.members.data_ptr(), B.data_ptr(),
+        X.data_ptr(), info.data_ptr(), G.shape[0], supports.d, ridge, torch.get_num_threads(),
+    )  # fmt: skip
+    return X, info
 
 
 def ridge_solve(G: Tensor, B: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from ._backends import Kernels
-from .sparse import SparseColumns
+from .sparse import PassResult, SparseColumns
 
-# Elements of A that are converted at a time where A is not in the working dtype.
-_BLOCK_ELEMENTS = 1 << 22
-# Elements that are squared at a time in float64: on a CPU these temporaries should stay in cache (four times faster
-# than blocks of the size above), on a GPU each block costs a few launches.
-_SQUARE_ELEMENTS = {"cpu": 1 << 20}
+# Elements of A that are converted at a time, and squared in float64: on a CPU these temporaries should stay in cache,
+# and small beside A; on a GPU each block costs a few launches.
+_BLOCK_ELEMENTS = {"cpu": 1 << 18}
+_SQUARE_ELEMENTS = {"cpu": 1 << 16}
+_GPU_BLOCK_ELEMENTS = 1 << 22
+# Gram matrices of at least so many rows are computed as their upper blocks only.
+_BLOCKED_GRAM, _GRAM_BLOCK = 192, 96
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -80,12 +82,16 @@ class DataMatrix:
         A: the activations as ``as_matrix`` returns them, on the device of the computation.
         dtype: the working dtype, float32 or float64.
         kernels: functions that run on that device.
+        token_weights: ``[n]`` in that dtype and on that device, non-negative, or None for ones.
     """
 
-    def __init__(self, A: Tensor, dtype: torch.dtype, kernels: Kernels) -> None:
+    def __init__(
+        self, A: Tensor, dtype: torch.dtype, kernels: Kernels, token_weights: Tensor | None = None
+    ) -> None:
         self.A = A
         self.dtype = dtype
         self.kernels = kernels
+        self.token_weights = token_weights
         self.scale: Tensor | None = None
         self._inverse_scale: Tensor | None = None
         self.row_squares = self._row_squares()
@@ -101,13 +107,18 @@ class DataMatrix:
         return self.A.shape[1]
 
     @property
+    def total_weight(self) -> float:
+        """Number of tokens, each counted by its weight."""
+        return float(self.n) if self.token_weights is None else float(self.token_weights.sum())
+
+    @property
     def device(self) -> torch.device:
         """Where A lies."""
         return self.A.device
 
     def scale_neurons(self) -> None:
         """From now on stand for ``diag(1/s) A`` with s the root mean square of each neuron (1 where it is zero)."""
-        rms = (self.row_squares / self.n).sqrt().to(self.dtype)
+        rms = (self.row_squares / self.total_weight).sqrt().to(self.dtype)
         # The inverse of a subnormal number is infinite.
         self.divide_neurons(torch.where(rms >= torch.finfo(self.dtype).tiny, rms, 1))
 
@@ -117,22 +128,16 @@ class DataMatrix:
         self._inverse_scale = 1 / scale
 
     def squared_norm(self) -> float:
-        """``‖A‖²_F`` of the matrix this stands for."""
+        """``‖A‖²_F`` of the matrix this stands for, tokens weighted."""
         return float((self.row_squares * self._row_weights()).sum())
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Tokens in blocks, converted to the working dtype and scaled."""
-        for tokens, block in self._raw_blocks():
-            converted = block.to(self.dtype)
-            yield (
-                tokens,
-                converted if self._inverse_scale is None else converted * self._inverse_scale[:, None],
-            )
-
     def columns(self, tokens: Tensor) -> Tensor:
-        """The columns of some tokens, converted and scaled, ``[d, len(tokens)]``."""
-        chosen = self.A.index_select(1, tokens).to(self.dtype)
-        return chosen if self._inverse_scale is None else chosen * self._inverse_scale[:, None]
+        """A copy of the columns of some tokens, converted and scaled, ``[d, len(tokens)]``."""
+        # torch gathers rows that lie together much faster than columns that do not.
+        token_major = self.A.stride(0) == 1
+        chosen = self.A.T.index_select(0, tokens).T if token_major else self.A.index_select(1, tokens)
+        chosen = chosen.to(self.dtype)
+        return chosen if self._inverse_scale is None else chosen.mul_(self._inverse_scale[:, None])
 
     def times(self, right: Tensor) -> Tensor:
         """``(A right)ᵀ`` for ``right [n, r]``, as ``[r, d]``: a feature's neurons lie together."""
@@ -146,48 +151,113 @@ class DataMatrix:
 
     def transposed_times(self, left: Tensor) -> Tensor:
         """``leftᵀ A`` for ``left [d, r]``, as ``[r, n]``."""
-        if self._inverse_scale is not None:
-            left = left * self._inverse_scale[:, None]
-        if self.A.dtype == self.dtype:
-            return left.T @ self.A
         product = torch.empty(left.shape[1], self.n, dtype=self.dtype, device=self.device)
-        for tokens, block in self._raw_blocks():
-            product[:, tokens] = left.T @ block.to(self.dtype)
+        for tokens, block in self.transposed_times_blocks(left):
+            product[:, tokens] = block
         return product
 
-    def sparse_transposed_times(self, Z: SparseColumns) -> Tensor:
-        """``ZᵀA [k, n]`` for sparse Z."""
-        if self.A.dtype != self.dtype and self.kernels.backend != "cpp":
-            return self.transposed_times(Z.to_dense())
-        # The compiled product converts as it reads.
-        scaled = Z if self._inverse_scale is None else Z.scaled_rows(self._inverse_scale)
-        return self.kernels.sparse_product(scaled, self.A)
+    def transposed_times_blocks(self, left: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """``leftᵀ A`` in blocks of tokens."""
+        # Scaling the smaller matrix leaves A as it lies.
+        left = self.scaled(left)
+        for tokens, block in self._raw_blocks():
+            yield tokens, left.T @ block.to(self.dtype)
 
-    def unscaled_residual_row_squares(self, Z: Tensor, Y: Tensor) -> Tensor:
-        """Squared norms ``[d]`` of the rows of ``A − Z Y`` in the units of A, whatever the neuron scale."""
-        squares = torch.zeros_like(self.row_squares)
-        for tokens, block in self._raw_blocks(self._square_elements):
-            residual = torch.addmm(block.to(self.dtype), Z, Y[:, tokens], alpha=-1)
-            squares += residual.to(squares.dtype).square().sum(1)
-        return squares
+    def times_coefficients(self, Y: Tensor) -> Tensor:
+        """``(A diag(w) Yᵀ)ᵀ`` for ``Y [k, n]`` and the token weights w, as ``[k, d]``."""
+        if self.token_weights is None:
+            return self.times(Y.T)
+        product = torch.zeros(len(Y), self.d, dtype=self.dtype, device=self.device)
+        for tokens, block in self._raw_blocks():
+            product.addmm_(Y[:, tokens] * self.token_weights[tokens], block.to(self.dtype).T)
+        return product if self._inverse_scale is None else product.mul_(self._inverse_scale)
+
+    def gram_of_coefficients(self, Y: Tensor) -> Tensor:
+        """``Y diag(w) Yᵀ [k, k]`` for the token weights w."""
+        if self.token_weights is not None:
+            gram = torch.zeros(len(Y), len(Y), dtype=self.dtype, device=self.device)
+            for tokens, _ in self._raw_blocks():
+                gram.addmm_(Y[:, tokens] * self.token_weights[tokens], Y[:, tokens].T)
+            return gram
+        if len(Y) < _BLOCKED_GRAM or self.device.type != "cpu":
+            return Y @ Y.T
+        gram = torch.empty(len(Y), len(Y), dtype=self.dtype)
+        for start in range(0, len(Y), _GRAM_BLOCK):
+            rows = slice(start, start + _GRAM_BLOCK)
+            torch.mm(Y[rows], Y[start:].T, out=gram[rows, start:])
+            gram[start:, rows] = gram[rows, start:].T
+        return gram
+
+    def coefficient_pass(
+        self, Z: SparseColumns, ZtZ: Tensor, Y: Tensor, sweeps: int, *, residual: bool = False, **options: Any
+    ) -> PassResult:
+        """``reference.coefficient_pass`` on these activations, for Z and ``AYt`` in their (scaled) units.
+
+        With ``residual``, that of ``A − Z Y`` in the original units is measured as well.
+        """
+        result: PassResult = self.kernels.coefficient_pass(
+            Y,
+            Z if self._inverse_scale is None else Z.scaled_rows(self._inverse_scale),
+            self.A,
+            ZtZ,
+            sweeps,
+            residual_values=self.unscaled(Z).values if residual else None,
+            token_weights=self.token_weights,
+            **options,
+        )
+        if result.AYt is None or self._inverse_scale is None:
+            return result
+        return result._replace(AYt=result.AYt * self._inverse_scale[Z.indices])
+
+    def tail_energy(self, k: int) -> float:
+        """``Σ_{i>k} σ_i²``, of the singular values of the matrix this stands for, tokens weighted."""
+        precise = _accumulator(self.device)
+        smaller = self.d <= self.n
+        side = self.d if smaller else self.n
+        if k >= side:
+            return 0.0
+        gram = torch.zeros(side, side, dtype=precise, device=self.device)
+        scale = None if self._inverse_scale is None else self._inverse_scale.to(precise)[:, None]
+        roots = None if self.token_weights is None else self.token_weights.to(precise).sqrt()
+
+        def converted(tokens: slice, block: Tensor) -> Tensor:
+            block = block.to(precise) if scale is None else block.to(precise) * scale
+            return block if roots is None else block * roots[tokens]
+
+        for tokens, block in self._raw_blocks():
+            left = converted(tokens, block)
+            if smaller:
+                gram.addmm_(left, left.T)
+                continue
+            for others, other in self._raw_blocks():
+                gram[tokens, others] = left.T @ converted(others, other)
+        # Ascending; rounding leaves those of a singular matrix a little below zero.
+        return float(torch.linalg.eigvalsh(gram)[: side - k].clamp(min=0).sum())
+
+    def unscaled(self, Z: SparseColumns) -> SparseColumns:
+        """Z in the units of A."""
+        return Z if self.scale is None else Z.scaled_rows(self.scale)
+
+    def scaled(self, Z: Tensor) -> Tensor:
+        """A dense ``Z [d, r]`` in the units of A, in scaled ones."""
+        return Z if self._inverse_scale is None else Z * self._inverse_scale[:, None]
 
     def _row_weights(self) -> Tensor | float:
         return 1.0 if self._inverse_scale is None else self._inverse_scale.to(self.row_squares.dtype).square()
 
-    @property
-    def _square_elements(self) -> int:
-        return _SQUARE_ELEMENTS.get(self.device.type, _BLOCK_ELEMENTS)
-
-    def _raw_blocks(self, elements: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-        width = max(1, (elements or _BLOCK_ELEMENTS) // self.d)
+    def _raw_blocks(self, elements: dict[str, int] | None = None) -> Iterator[tuple[slice, Tensor]]:
+        sizes = _BLOCK_ELEMENTS if elements is None else elements
+        width = max(1, sizes.get(self.device.type, _GPU_BLOCK_ELEMENTS) // self.d)
         for start in range(0, self.n, width):
             tokens = slice(start, min(start + width, self.n))
             yield tokens, self.A[:, tokens]
 
     def _row_squares(self) -> Tensor:
         squares = torch.zeros(self.d, dtype=_accumulator(self.device), device=self.device)
-        for _, block in self._raw_blocks(self._square_elements):
-            squares += block.to(squares.dtype).square().sum(1)
+        for tokens, block in self._raw_blocks(_SQUARE_ELEMENTS):
+            squared = block.to(squares.dtype, copy=True).square_()
+            weights = None if self.token_weights is None else self.token_weights[tokens].to(squares.dtype)
+            squares += squared.sum(1) if weights is None else squared @ weights
         if not bool(squares.sum().isfinite()):
             self._refuse_non_finite()
         return squares

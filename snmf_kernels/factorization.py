@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from . import _backends, _checks
 from ._data import DataMatrix, as_matrix, full_precision, relative
+from ._problem import Problem, dot, kkt_residual
 from ._version import __version__
 from .sparse import SparseColumns
 
@@ -61,6 +63,34 @@ class Encoding:
     relative_error: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """What can be shown about a factorisation; all in the units that ``fit`` minimised in (scaled neurons).
+
+    Attributes:
+        kkt_residual: distance of Y from the optimum on this Z, as in :class:`Encoding`.
+        swap_residual: the largest share of the loss that choosing one column of Z anew, support and values, would save
+            with all else as it is. 0: no single column can be improved.
+        relative_loss: ``‖A − Z Y‖² / ‖A‖²``.
+        lower_bound: ``Σ_{i>k} σ_i² / ‖A‖²`` with the singular values of A: no matrix of rank k, sparse or not, has a
+            smaller relative loss (Eckart & Young 1936). None if it was not asked for.
+    """
+
+    kkt_residual: float
+    swap_residual: float
+    relative_loss: float
+    lower_bound: float | None
+
+    @property
+    def gap(self) -> float | None:
+        """By which share the loss exceeds the lower bound; None without one, infinite where the bound is zero."""
+        if self.lower_bound is None:
+            return None
+        if self.lower_bound == 0:
+            return 0.0 if self.relative_loss == 0 else math.inf
+        return self.relative_loss / self.lower_bound - 1
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factorization:
     """``A [d, n] ≈ Z [d, k] Y [k, n]`` with ``Y >= 0`` and Z sparse by column.
@@ -71,7 +101,8 @@ class Factorization:
         relative_error: ``‖A − Z Y‖² / ‖A‖²``, computed from the residual itself, in the units of A.
         loss_history: the objective after each iteration, a tuple of floats. It is ``‖A − Z Y‖²``, of
             ``diag(1/s) A`` where a neuron scale s was asked for; taken from Gram matrices, so that its
-            rounding error is about 1e-7 ``‖A‖²`` in float32.
+            rounding error is about 1e-7 ``‖A‖²`` in float32. With penalties they are included. All but ``solver="mu"``
+            add an entry for the sweeps over Y that follow the last iteration.
         n_iter: iterations run.
         stop_reason: why the loop stopped, a :class:`StopReason`.
         backend: what ran it.
@@ -140,19 +171,73 @@ class Factorization:
         Z = Z.to(matrix.device)
         kernels = _backends.choose_all(matrix.device, Z.dtype, backend)
         with full_precision(matrix.device):
-            data = DataMatrix(matrix, Z.dtype, kernels)
-            sparse = _sparse_features(Z)
-            if self.neuron_scale is not None:
-                scale = _tensor(self.neuron_scale).to(matrix.device)
-                data.divide_neurons(scale)
-                sparse = sparse.scaled_rows(1 / scale)
-            Y, residual = solve_coefficients(data, sparse, tol, max_sweeps)
-            error = float(data.unscaled_residual_row_squares(Z, Y).sum())
+            problem, features = self._problem(DataMatrix(matrix, Z.dtype, kernels))
+            Y, residual, measured = problem.solve_coefficients(features, tol, max_sweeps)
         return Encoding(
             Y=Y.numpy() if isinstance(A, np.ndarray) else Y,
             kkt_residual=residual,
-            relative_error=relative(error, float(data.row_squares.sum())),
+            relative_error=relative(measured.residual, measured.data),
         )
+
+    def certificate(
+        self, A: Any, *, token_weights: Any = None, bound: bool = True, backend: str = "auto"
+    ) -> Certificate:
+        """How far this is from what can be shown to be optimal, for the activations it was fitted on.
+
+        Args:
+            A, token_weights: as they were given to ``fit``.
+            bound: whether to compute the lower bound, which takes all eigenvalues of the smaller Gram matrix of A in
+                float64: seconds for 2,000 neurons, minutes and 1.6 GB for 14,000.
+            backend: as for ``fit``.
+
+        Returns:
+            A :class:`Certificate`.
+        """
+        matrix = as_matrix("A", A)
+        wanted = (self.Z.shape[0], self.Y.shape[1])
+        if tuple(matrix.shape) != wanted:
+            raise ValueError(f"A: wanted the activations of the fit, {wanted}, got {tuple(matrix.shape)}")
+        if (token_weights is not None) != bool(self.options.get("weighted")):
+            had = "had" if self.options.get("weighted") else "had no"
+            raise ValueError(f"token_weights: the fit {had} weights; give what was given to fit")
+        Y, Z = _tensor(self.Y).to(matrix.device), _tensor(self.Z).to(matrix.device)
+        weights = check_weights(token_weights, matrix, Z.dtype)
+        kernels = _backends.choose_all(matrix.device, Z.dtype, backend)
+        with full_precision(matrix.device):
+            data = DataMatrix(matrix, Z.dtype, kernels, weights)
+            problem, features = self._problem(data)
+            ZtZ = problem.gram(features)
+            measured = problem.update_coefficients(features, ZtZ, Y, 0, out=torch.empty_like(Y), measure=True)
+            AYt, YYt = data.times_coefficients(Y), data.gram_of_coefficients(Y)
+            squared_norm = data.squared_norm()
+            loss = max(0.0, squared_norm + dot(ZtZ, YYt) - 2 * dot(features.gather(AYt), features.values))
+            gains = _gains_of_choosing_anew(features, AYt, YYt, problem.count)[
+                self.options.get("n_fixed", 0) :
+            ]
+            tail = data.tail_energy(self.k) if bound else None
+        return Certificate(
+            kkt_residual=kkt_residual(measured),
+            swap_residual=relative(float(gains.max()), loss),
+            relative_loss=relative(loss, squared_norm),
+            lower_bound=None if tail is None else relative(tail, squared_norm),
+        )
+
+    def _problem(self, data: DataMatrix) -> tuple[Problem, SparseColumns]:
+        """What ``fit`` minimised, on other data, and the features in its units."""
+        features = sparse_features(_tensor(self.Z).to(data.device))
+        if self.neuron_scale is not None:
+            scale = _tensor(self.neuron_scale).to(data.device)
+            data.divide_neurons(scale)
+            features = features.scaled_rows(1 / scale)
+        problem = Problem(
+            data,
+            count=features.indices.shape[1],
+            ridge=self.options.get("ridge", 0.0),
+            threshold=self.options.get("l1_threshold", 0.0),
+            l2=self.options.get("l2", 0.0),
+            max_active=self.options.get("max_active") or 0,
+        )
+        return problem, features
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file (the factors) with a JSON header (everything else, versions, a checksum).
@@ -164,7 +249,7 @@ class Factorization:
             raise ValueError(
                 f"path: wanted a file name, got the folder {path}; add a name such as 'factors.safetensors'"
             )
-        sparse = _sparse_features(_tensor(self.Z).cpu())
+        sparse = sparse_features(_tensor(self.Z).cpu())
         tensors = {
             "indices": sparse.indices,
             "values": sparse.values,
@@ -252,50 +337,39 @@ class Factorization:
         )
 
 
-def _sparse_features(Z: Tensor) -> SparseColumns:
+def sparse_features(Z: Tensor) -> SparseColumns:
     """Z in sparse form, with as many entries to a column as the fullest one has."""
     count = max(1, int((Z != 0).sum(0).max()))
     select = _backends.choose("winner_take_all", Z.device, Z.dtype).function
     return select(Z, count)
 
 
-def solve_coefficients(
-    data: DataMatrix, Z: SparseColumns, tol: float, max_sweeps: int
-) -> tuple[Tensor, float]:
-    """Non-negative least squares of ``data`` on the columns of Z: ``(Y [k, n], KKT residual)``.
-
-    Coordinate descent in rounds, until the residual is at most ``tol`` or ``max_sweeps`` are done.
-    """
-    kernels = data.kernels
-    ZtA = data.sparse_transposed_times(Z)
-    ZtZ = kernels.sparse_product(Z, Z.to_dense())
-    if not bool(ZtA.sum().isfinite()):
-        raise FloatingPointError(
-            f"A: its products with Z are not finite in {str(ZtA.dtype).removeprefix('torch.')}; "
-            "divide A by its largest magnitude, or fit with dtype=torch.float64"
+def check_weights(token_weights: Any, matrix: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Token weights as ``[n]`` of the working dtype beside the matrix, or None."""
+    if token_weights is None:
+        return None
+    weights = torch.as_tensor(token_weights)
+    if weights.shape != matrix.shape[1:]:
+        raise ValueError(
+            f"token_weights: wanted one for each of the {matrix.shape[1]} tokens, got shape {tuple(weights.shape)}"
         )
-    Y = torch.zeros_like(ZtA)
-    sweeps, residual = 0, torch.inf
-    while sweeps < max_sweeps and residual > tol:
-        # Rounds grow, so that looking at the residual stays a small part of the work.
-        round_ = min(max(5, sweeps), max_sweeps - sweeps)
-        Y = kernels.coordinate_descent(Y, ZtA, ZtZ, round_)
-        sweeps += round_
-        residual = kkt_residual(Y, ZtA, ZtZ)
-    return Y, residual
+    weights = weights.detach().to(matrix.device, dtype)
+    if not bool((weights.isfinite() & (weights >= 0)).all()):
+        raise ValueError("token_weights: wanted finite numbers >= 0, got others; use 0 to leave a token out")
+    if not bool((weights > 0).any()):
+        raise ValueError("token_weights: wanted at least one above 0, got zeros only")
+    return weights
 
 
-def kkt_residual(Y: Tensor, ZtA: Tensor, ZtZ: Tensor) -> float:
-    """``‖min(Y, (ZtZ Y − ZtA) / diag(ZtZ))‖ / ‖Y‖``, features with a zero column left out.
-
-    Zero where Y = 0 is the optimum.
-    """
-    diagonal = torch.diagonal(ZtZ)
-    alive = diagonal > 0
-    step = torch.addmm(ZtA[alive], ZtZ[alive], Y, beta=-1) / diagonal[alive, None]
-    violation = float(torch.minimum(Y[alive], step).norm())
-    # Written so that NaN is passed on.
-    return 0.0 if violation == 0 else violation / max(float(Y.norm()), torch.finfo(Y.dtype).tiny)
+def _gains_of_choosing_anew(Z: SparseColumns, AYt: Tensor, YYt: Tensor, count: int) -> Tensor:
+    """By how much the loss falls when each column of Z by itself is replaced by the best one, ``[k]``."""
+    dense = Z.to_dense().T
+    energy = torch.diagonal(YYt)
+    used = energy > 0
+    rest = AYt - YYt @ dense + energy[:, None] * dense
+    best = rest.square().topk(count, dim=1).values.sum(1) / torch.where(used, energy, 1)
+    now = 2 * (rest * dense).sum(1) - energy * dense.square().sum(1)
+    return torch.where(used, best - now, 0).clamp(min=0)
 
 
 def _tensor(array: Array) -> Tensor:

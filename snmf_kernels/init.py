@@ -1,10 +1,11 @@
-"""Starting points ``(Z0 [d, k], Y0 [k, n])`` of the solver: random, truncated SVD, k-means.
+"""Starting points ``Y0 [k, n]`` of the solver (Z follows from it): random, truncated SVD, k-means.
 
 All take the activations as a ``DataMatrix`` (so that a neuron scale applies) and draw from a generator of their own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,21 +13,23 @@ from torch import Tensor
 
 from ._data import DataMatrix
 
+KMEANS_ITERATIONS = 5
+_LEAST_SAMPLE, _SAMPLE_PER_CLUSTER = 2000, 10  # tokens that k-means looks at
+_LEAST_CANDIDATES, _CANDIDATES_PER_CLUSTER = 500, 2  # and those of them that may be its seeds
+_PART_ELEMENTS = 1 << 18  # of the sampled tokens are held at a time
 FLOOR = 1e-6  # the paper's: multiplicative updates cannot leave an exact zero
 # Drawn on the CPU in float32, so that a seed means the same start on every device, in every dtype, and whatever
 # torch's own defaults are.
 DRAWN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
-def random_init(data: DataMatrix, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``Z ~ N(0, 1)``, ``Y ~ U(0, 1)`` clamped at 1e-6 (the paper's default)."""
-    Y = _on(data, torch.rand(k, data.n, generator=generator, **DRAWN)).clamp_(min=FLOOR)
-    Z = _on(data, torch.randn(data.d, k, generator=generator, **DRAWN))
-    return Z, Y
+def random_init(data: DataMatrix, k: int, generator: torch.Generator) -> Tensor:
+    """``Y ~ U(0, 1)`` clamped at 1e-6 (the paper's default)."""
+    return _on(data, torch.rand(k, data.n, generator=generator, **DRAWN)).clamp_(min=FLOOR)
 
 
-def svd_init(data: DataMatrix, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``Z = U √Σ``, ``Y = max(√Σ Vᵀ, 1e-6)`` from the leading k singular triplets.
+def svd_init(data: DataMatrix, k: int, generator: torch.Generator) -> Tensor:
+    """``Y = max(√Σ Vᵀ, 1e-6)`` from the leading k singular triplets.
 
     Of the two signs of a triplet, that is taken whose V has the larger positive part.
     The triplets come from a randomised range finder with power iterations (Halko, Martinsson & Tropp 2011,
@@ -40,49 +43,104 @@ def svd_init(data: DataMatrix, k: int, generator: torch.Generator) -> tuple[Tens
         basis = _orthonormal(data.transposed_times(basis).T)  # [n, width]
         basis = _orthonormal(data.times(basis).T)
     small = data.transposed_times(basis)  # [width, n]
-    U, S, Vh = torch.linalg.svd(small, full_matrices=False)
+    _, S, Vh = torch.linalg.svd(small, full_matrices=False)
     root = S[:rank].clamp(min=0).sqrt()
     V = Vh[:rank]
     # The sign of a pair of singular vectors is arbitrary: take that which loses less to the clamp.
     sign = torch.where(V.clamp(min=0).norm(dim=1) >= V.clamp(max=0).norm(dim=1), 1.0, -1.0).to(V.dtype)
-    Z, Y = random_init(data, k, generator)
-    Z[:, :rank] = (basis @ U[:, :rank]) * (sign * root)
+    Y = random_init(data, k, generator)
     Y[:rank] = ((sign * root)[:, None] * V).clamp(min=FLOOR)
-    return Z, Y
+    return Y
 
 
-def kmeans_init(
-    data: DataMatrix, k: int, generator: torch.Generator, max_iter: int = 20
-) -> tuple[Tensor, Tensor]:
-    """``Z`` = centroids of the tokens, ``Y`` = one-hot membership floored at 1e-6.
+def kmeans_init(data: DataMatrix, k: int, generator: torch.Generator) -> Tensor:
+    """``Y`` = one-hot membership of the tokens in the clusters of :func:`kmeans_centroids`, floored at 1e-6.
 
-    Seeds are drawn by squared distance (k-means++, Arthur & Vassilvitskii 2007); Lloyd's iterations follow
-    until no token moves or ``max_iter`` is reached; an empty cluster restarts at the token farthest from its
-    centroid. Where k exceeds the number of tokens, the remaining features start at random.
+    A token joins the centroid of largest cosine. Where k exceeds the number of tokens, the remaining features start at
+    random.
+    """
+    centroids = kmeans_centroids(data, k, generator)
+    clusters = centroids.shape[1]
+    Y = torch.full((k, data.n), FLOOR, dtype=data.dtype, device=data.device)
+    best = torch.zeros(clusters, dtype=torch.int64, device=data.device)
+    best_similarity = torch.full((clusters,), -torch.inf, dtype=data.dtype, device=data.device)
+    for tokens, similarity in data.transposed_times_blocks(centroids):
+        Y[similarity.argmax(0), torch.arange(tokens.start, tokens.stop, device=data.device)] = 1
+        value, place = similarity.max(1)
+        closer = value > best_similarity
+        best_similarity = torch.where(closer, value, best_similarity)
+        best = torch.where(closer, place + tokens.start, best)
+    # A cluster that no token joined shares the token that is nearest to it, so that no feature starts unused.
+    unused = (Y[:clusters] < 1).all(1).nonzero()[:, 0]
+    Y[unused, best[unused]] = 1
+    if clusters < k:
+        Y[clusters:] = random_init(data, k - clusters, generator)
+    return Y
+
+
+def kmeans_centroids(
+    data: DataMatrix, k: int, generator: torch.Generator, max_iter: int = KMEANS_ITERATIONS
+) -> Tensor:
+    """Unit centroids ``[d, min(k, n)]`` of spherical k-means (Dhillon & Modha 2001) on a random sample of the tokens.
+
+    The sample has 10 tokens a cluster, at least 2,000. The seeds are drawn by squared distance (k-means++, Arthur &
+    Vassilvitskii 2007) among two tokens a cluster, at least 500; a few iterations follow. An empty cluster restarts at
+    the sampled token that is farthest from its centroid.
     """
     clusters = min(k, data.n)
-    centroids = data.columns(_seeds(data, clusters, generator))
-    labels = torch.full((data.n,), -1, device=data.device)
+    size = min(data.n, max(_LEAST_SAMPLE, _SAMPLE_PER_CLUSTER * clusters))
+    sample = torch.randperm(data.n, generator=generator, device="cpu")[:size].to(data.device)
+    candidates = sample[: max(_LEAST_CANDIDATES, _CANDIDATES_PER_CLUSTER * clusters)]
+    width = max(16, _PART_ELEMENTS // data.d)
+    seeds = _seeds(data, candidates.split(width), clusters, generator)
+    centroids = _directions_(data.columns(candidates[seeds]))
+    similarity = torch.empty(size, dtype=data.dtype, device=data.device)
     for _ in range(max_iter):
-        nearest, distance = _assign(data, centroids)
-        occupied = torch.bincount(nearest, minlength=clusters)
-        # One restarted cluster can take the last token of another, so look again until none is empty.
-        while int(occupied.min()) == 0:
-            empty = int(occupied.argmin())
-            movable = torch.where(occupied[nearest] > 1, distance, -1)
-            farthest = int(movable.argmax())
-            occupied[nearest[farthest]] -= 1
-            nearest[farthest], distance[farthest] = empty, 0
-            occupied[empty] = 1
-        if torch.equal(nearest, labels):
-            break
-        labels = nearest
-        centroids = _means(data, labels, clusters)
-    Z, Y = random_init(data, k, generator)
-    Z[:, :clusters] = centroids
-    Y[:clusters] = FLOOR
-    Y[labels, torch.arange(data.n, device=data.device)] = 1
-    return Z, Y
+        sums = torch.zeros_like(centroids)
+        members = torch.zeros(clusters, dtype=data.dtype, device=data.device)
+        # Gathered anew in parts, which costs less than it would take to keep them.
+        for start in range(0, size, width):
+            part = slice(start, min(start + width, size))
+            tokens = _directions_(data.columns(sample[part]))  # [d, part]
+            similarity[part], label = (centroids.T @ tokens).max(0)
+            sums.index_add_(1, label, tokens)
+            members += torch.bincount(label, minlength=clusters)
+            del tokens
+        empty = (members == 0).nonzero()[:, 0]
+        sums[:, empty] = data.columns(sample[similarity.argsort(stable=True)[: len(empty)]])
+        centroids = _directions_(sums)
+    return centroids
+
+
+def _seeds(data: DataMatrix, parts: Sequence[Tensor], clusters: int, generator: torch.Generator) -> Tensor:
+    """Which of the candidate tokens are k-means++ seeds, in the squared distance ``2 − 2 cos`` of their directions."""
+    # Of all pairs at once, so that a seed costs a look at one row.
+    rows = []
+    for part in parts:
+        directions = _directions_(data.columns(part))
+        rows.append(torch.cat([directions.T @ _directions_(data.columns(other)) for other in parts], 1))
+    distances = torch.cat(rows).mul_(-2).add_(2).clamp_(min=0).cpu()
+    draws = torch.rand(clusters, generator=generator, **DRAWN).double()
+    seeds = [0]  # the sample is in random order already
+    nearest = distances[0].double()
+    nearest[0] = 0
+    for draw in draws[1:]:
+        cumulative = nearest.cumsum(0)
+        # Where only copies of the seeds are left, any token will do.
+        seed = int(torch.searchsorted(cumulative, draw * cumulative[-1], right=True))
+        seeds.append(min(seed, len(nearest) - 1))
+        nearest = torch.minimum(nearest, distances[seeds[-1]].double())
+        nearest[seeds[-1]] = 0
+    return torch.tensor(seeds, device=data.device)
+
+
+def _directions_(columns: Tensor) -> Tensor:
+    """Columns at unit norm, in place; zero columns stay."""
+    # By the largest magnitude first: squares of very large or small activations leave the range of the dtype.
+    for order in (torch.inf, 2):
+        norms = torch.linalg.vector_norm(columns, ord=order, dim=0)
+        columns.div_(torch.where(norms > 0, norms, 1))
+    return columns
 
 
 def _on(data: DataMatrix, drawn: Tensor) -> Tensor:
@@ -91,46 +149,6 @@ def _on(data: DataMatrix, drawn: Tensor) -> Tensor:
 
 def _orthonormal(columns: Tensor) -> Tensor:
     return torch.linalg.qr(columns).Q
-
-
-def _squared_distances(block: Tensor, centroids: Tensor) -> Tensor:
-    """Of each token of ``block [d, m]`` to each centroid ``[d, c]``, ``[c, m]``."""
-    cross = centroids.T @ block
-    return (block.square().sum(0) - 2 * cross + centroids.square().sum(0)[:, None]).clamp_(min=0)
-
-
-def _seeds(data: DataMatrix, clusters: int, generator: torch.Generator) -> Tensor:
-    chosen = [int(torch.randint(data.n, (1,), generator=generator, device="cpu"))]
-    distance = torch.full((data.n,), torch.inf, dtype=data.dtype, device=data.device)
-    for _ in range(1, clusters):
-        newest = data.columns(torch.tensor(chosen[-1:], device=data.device))
-        for tokens, block in data.blocks():
-            distance[tokens] = torch.minimum(distance[tokens], _squared_distances(block, newest)[0])
-        distance[chosen] = 0
-        # Inverse sampling on the CPU: torch.multinomial takes at most 2**24 categories.
-        cumulative = distance.double().cpu().cumsum(0)
-        if cumulative[-1] > 0:
-            draw = torch.rand(1, generator=generator, dtype=torch.float64, device="cpu") * cumulative[-1]
-            chosen.append(min(int(torch.searchsorted(cumulative, draw, right=True)), data.n - 1))
-        else:  # only copies of the seeds are left
-            taken = set(chosen)
-            chosen.append(next(token for token in range(data.n) if token not in taken))
-    return torch.tensor(chosen, device=data.device)
-
-
-def _assign(data: DataMatrix, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    nearest = torch.empty(data.n, dtype=torch.int64, device=data.device)
-    distance = torch.empty(data.n, dtype=data.dtype, device=data.device)
-    for tokens, block in data.blocks():
-        distance[tokens], nearest[tokens] = _squared_distances(block, centroids).min(0)
-    return nearest, distance
-
-
-def _means(data: DataMatrix, labels: Tensor, clusters: int) -> Tensor:
-    sums = torch.zeros(data.d, clusters, dtype=data.dtype, device=data.device)
-    for tokens, block in data.blocks():
-        sums.index_add_(1, labels[tokens], block)
-    return sums / torch.bincount(labels, minlength=clusters)
 
 
 INITS = {"random": random_init, "svd": svd_init, "kmeans": kmeans_init}

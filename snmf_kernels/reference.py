@@ -9,10 +9,17 @@ Notation: activations ``A [d, n]``, features ``Z [d, k]``, coefficients ``Y [k, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .sparse import SparseColumns
+from .sparse import PassResult, SparseColumns, Supports
+
+# Elements of A that a pass handles at a time.
+_BLOCK_ELEMENTS = 1 << 20
+# ZtA of a feature that a token may not use: far below whatever would make its coefficient positive.
+_NEVER = -1e30
 
 
 def multiplicative_update(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, eps: float = 1e-6, sweeps: int = 1) -> Tensor:
@@ -56,6 +63,188 @@ def winner_take_all(Z: Tensor, count: int) -> SparseColumns:
 def sparse_product(Z: SparseColumns, A: Tensor) -> Tensor:
     """``ZᵀA [k, n]`` for a sparse Z and ``A [d, n]`` of any floating dtype, in the dtype of Z."""
     return Z.to_dense().T @ A.to(Z.values.dtype)
+
+
+def coefficient_pass(
+    Y: Tensor,
+    Z: SparseColumns,
+    A: Tensor,
+    ZtZ: Tensor,
+    sweeps: int = 1,
+    *,
+    out: Tensor,
+    multiplicative: bool = False,
+    eps: float = 1e-6,
+    tol: float = 0.0,
+    row_scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    feature_norms: Tensor | None = None,
+    max_active: int = 0,
+    token_weights: Tensor | None = None,
+    residual_values: Tensor | None = None,
+    kept_products: bool = False,
+    measure: bool = False,
+) -> PassResult:
+    """One pass over ``A [d, n]`` for fixed Z: ``sweeps`` sweeps over ``Y [k, n]``, written to ``out``.
+
+    Per block of tokens: ``Y ← diag(row_scale) Y``, ``ZtA = ZᵀA − shift``, then :func:`coordinate_descent` (or
+    :func:`multiplicative_update`). Neither ZtA nor a second Y exists as a whole.
+
+    Args:
+        Y: ``[k, n]``.
+        out: ``[k, n]``, where the new Y goes; may be Y itself.
+        Z, ZtZ: features and ``ZᵀZ [k, k]`` (with what a squared penalty adds to its diagonal).
+        A: of any floating dtype and strides.
+        tol: coordinate descent: tokens are left alone once a sweep changes them by less than ``tol ‖y‖``.
+        row_scale: ``[k]``, multiplies the rows of Y first.
+        shift: ``[k]``, subtracted from the rows of ZtA: half of a linear penalty on Y.
+        feature_norms, max_active: after the sweeps keep of each token the ``max_active`` features of largest
+            ``feature_norms[i] * Y[i, t]``, of equal ones the lower features, and sweep again over those. 0: all.
+        token_weights: ``[n]``, weights of the tokens in ``AYt`` and ``dot``.
+        residual_values: ``[k, count]``, the kept entries of Z in the units of A (where Z and A are scaled apart): the
+            residual is measured with them.
+        kept_products: whether ``A diag(token_weights) Yᵀ`` is wanted at the kept entries.
+        measure: whether the violation of the optimality conditions is wanted.
+    """
+    return composed_pass(
+        multiplicative_update, coordinate_descent, sparse_product, Y, Z, A, ZtZ, sweeps, out=out,
+        multiplicative=multiplicative, eps=eps, tol=tol, row_scale=row_scale, shift=shift, feature_norms=feature_norms,
+        max_active=max_active, token_weights=token_weights, residual_values=residual_values,
+        kept_products=kept_products, measure=measure,
+    )  # fmt: skip
+
+
+def composed_pass(
+    update: Callable[..., Tensor],
+    descend: Callable[..., Tensor],
+    product: Callable[..., Tensor],
+    Y: Tensor,
+    Z: SparseColumns,
+    A: Tensor,
+    ZtZ: Tensor,
+    sweeps: int,
+    *,
+    out: Tensor,
+    multiplicative: bool = False,
+    eps: float = 1e-6,
+    tol: float = 0.0,
+    row_scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    feature_norms: Tensor | None = None,
+    max_active: int = 0,
+    token_weights: Tensor | None = None,
+    residual_values: Tensor | None = None,
+    kept_products: bool = False,
+    measure: bool = False,
+) -> PassResult:
+    """:func:`coefficient_pass` from a backend's own multiplicative_update, coordinate_descent and sparse_product."""
+    AYt = torch.zeros_like(Z.values) if kept_products else None
+    dot = violation = squared_norm = residual = data = 0.0
+    most_sweeps = 0
+    Z_out = None if residual_values is None else SparseColumns(Z.indices, residual_values, Z.d).to_dense()
+    precise = torch.float32 if Y.device.type == "mps" else torch.float64
+    rounds = 2 if 0 < max_active < Y.shape[0] else 1
+    width = max(1, _BLOCK_ELEMENTS // A.shape[0])
+    for start in range(0, A.shape[1], width):
+        tokens = slice(start, start + width)
+        block, y = A[:, tokens], Y[:, tokens]
+        p = product(Z, block)
+        if row_scale is not None:
+            y = y * row_scale[:, None]
+        if shift is not None:
+            p = p - shift[:, None]
+        for round_ in range(rounds):
+            if round_:
+                assert feature_norms is not None
+                order = (feature_norms[:, None] * y).sort(dim=0, descending=True, stable=True).indices
+                dropped = order[max_active:]
+                y, p = y.scatter(0, dropped, 0), p.scatter(0, dropped, _NEVER)
+            if multiplicative:
+                y = update(y, p, ZtZ, eps, sweeps)
+                continue
+            if tol <= 0:
+                y = descend(y, p, ZtZ, sweeps)
+                continue
+            for sweep in range(sweeps):
+                before, y = y, descend(y, p, ZtZ, 1)
+                most_sweeps = max(most_sweeps, round_ * sweeps + sweep + 1)
+                if float((y - before).norm()) <= tol * float(y.norm()):
+                    break
+        out[:, tokens] = y
+        weighted = y if token_weights is None else y * token_weights[tokens]
+        dot += float((p.to(precise) * weighted.to(precise)).sum())
+        squared_norm += float(y.to(precise).square().sum())
+        if measure:
+            diagonal = torch.diagonal(ZtZ)
+            alive = diagonal > 0
+            step = (ZtZ[alive] @ y - p[alive]) / diagonal[alive, None]
+            violation += float(torch.minimum(y[alive], step).to(precise).square().sum())
+        if Z_out is not None:
+            weights = 1.0 if token_weights is None else token_weights[tokens].to(precise)
+            converted = block.to(y.dtype)
+            data += float((converted.to(precise).square() * weights).sum())
+            residual += float(((converted - Z_out @ y).to(precise).square() * weights).sum())
+        if AYt is not None:
+            AYt += Z.gather(weighted @ block.to(y.dtype).T)
+    most_sweeps = most_sweeps if tol > 0 and not multiplicative else rounds * sweeps
+    return PassResult(AYt, dot, violation, squared_norm, residual, data, most_sweeps)
+
+
+def column_descent(Z: SparseColumns, AYt: Tensor, YYt: Tensor, sweeps: int = 1) -> SparseColumns:
+    """Sweeps of block coordinate descent over the columns of a sparse Z for fixed Y.
+
+    Column after column, the exact minimiser of ``‖A − Z Y‖²`` over all columns with ``count``
+    non-zeros, support and values: the winner-take-all of ``R_i / YYt_ii`` with
+    ``R_i = AYt_i − Σ_{j≠i} YYt_ij z_j``, since a neuron contributes ``R² / YYt_ii`` to what is gained. No step
+    raises the loss. Columns of unused features (``YYt_ii = 0``) stay.
+
+    Args:
+        Z: kept entries, ``[k, count]``.
+        AYt: ``(A Yᵀ)ᵀ [k, d]``.
+        YYt: ``[k, k]``.
+        sweeps: how often.
+    """
+    count = Z.indices.shape[1]
+    indices, values = Z.indices.clone(), Z.values.clone()
+    dense = Z.to_dense().T.clone()  # [k, d]
+    diagonal = torch.diagonal(YYt).clone()
+    weights = YYt - torch.diag(diagonal)
+    for _ in range(sweeps):
+        for i in range(Z.k):
+            if not diagonal[i] > 0:
+                continue
+            chosen = winner_take_all((AYt[i] - weights[i] @ dense)[:, None], count)
+            indices[i], values[i] = chosen.indices[0], chosen.values[0] / diagonal[i]
+            dense[i] = 0
+            dense[i, indices[i]] = values[i]
+    return SparseColumns(indices, values, Z.d)
+
+
+def support_solve(G: Tensor, supports: Supports, B: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Of each neuron r with support S the solution of ``(G[S, S] + ridge I) x = b``: systems of ragged sizes.
+
+    Args:
+        G: ``[k, k]``, symmetric.
+        supports: which features each neuron belongs to.
+        B: right-hand sides in the order of ``supports.members``.
+
+    Returns:
+        X in that order, and ``info [d]`` (int32) as of :func:`ridge_solve`.
+    """
+    X = torch.empty_like(B)
+    info = torch.zeros(supports.d, dtype=torch.int32, device=B.device)
+    sizes = supports.offsets.diff()
+    for size in sizes.unique().tolist():
+        if size == 0:
+            continue
+        neurons = (sizes == size).nonzero()[:, 0]
+        places = supports.offsets[neurons][:, None] + torch.arange(size, device=B.device)
+        members = supports.members[places]
+        solved, info[neurons] = ridge_solve(
+            G[members[:, :, None], members[:, None, :]], B[places][:, :, None], ridge
+        )
+        X[places] = solved[:, :, 0]
+    return X, info
 
 
 def ridge_solve(G: Tensor, B: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,10 @@
-"""``fit``: options, the loop, stopping."""
+"""``fit``: its options, the start, the result. The iterations are in ``_loop``."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any
 
@@ -13,38 +12,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _backends, _checks
+from . import _backends, _checks, _loop
 from ._data import DataMatrix, as_matrix, full_precision, relative
-from .factorization import Factorization, StopReason, solve_coefficients
-from .init import FLOOR, INITS
-from .sparse import SparseColumns
+from ._loop import Callback, IterationState, Monitor
+from ._problem import Problem
+from .factorization import Factorization, check_weights, sparse_features
+from .init import FLOOR, INITS, kmeans_centroids
+from .sparse import PassResult, SparseColumns
 
 logger = logging.getLogger(__name__)
 
-SOLVERS = ("auto", "mu")
-EPS = 1e-6  # the paper's constant in the denominator of the multiplicative update
-
-
-@dataclasses.dataclass(frozen=True)
-class IterationState:
-    """What a callback of ``fit`` is told after each iteration.
-
-    Attributes:
-        n_iter: iterations done, from 1.
-        max_iter: the bound on them.
-        loss: the objective, as in ``Factorization.loss_history``.
-        relative_error: the same divided by the squared norm of the (scaled) data.
-        best_relative_error: the smallest so far.
-    """
-
-    n_iter: int
-    max_iter: int
-    loss: float
-    relative_error: float
-    best_relative_error: float
-
-
-Callback = Callable[[IterationState], Any]
+# What an option is where it is not given, by solver; decided by benchmarks/defaults.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "auto": {
+        "init": "kmeans",
+        "neuron_scale": "rms",
+        "refit": "late",
+        "sweeps": 10,
+        "max_iter": 200,
+        "tol": 1e-3,
+        "patience": 4,
+    },
+    # The paper's, but for its 200,000 iterations and its patience of 1,500 with an absolute tolerance.
+    "mu": {
+        "init": "random",
+        "neuron_scale": None,
+        "refit": False,
+        "sweeps": 1,
+        "max_iter": 1000,
+        "tol": 1e-4,
+        "patience": 50,
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +53,15 @@ class Options:
     k: int
     keep: float
     solver: str
+    refit: bool | str
     sweeps: int
     init: str
     neuron_scale: str | None
+    l1: float
+    l2: float
+    max_active: int | None
+    n_fixed: int
+    weighted: bool
     ridge: float
     max_iter: int
     tol: float
@@ -70,10 +75,32 @@ class Options:
             raise ValueError(
                 f"keep: wanted a fraction in (0, 1] (0.01 keeps 1 % of the neurons), got {self.keep}"
             )
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver: wanted one of {', '.join(SOLVERS)}, got {self.solver!r}")
+        if self.refit not in (True, False, "late"):
+            raise ValueError(f"refit: wanted True, False or 'late', got {self.refit!r}")
         if self.neuron_scale not in (None, "rms"):
             raise ValueError(f"neuron_scale: wanted None or 'rms', got {self.neuron_scale!r}")
+        if self.n_fixed >= self.k:
+            raise ValueError(
+                f"fixed: wanted fewer than k = {self.k} columns, got {self.n_fixed}; for coefficients on given "
+                "features alone use Factorization.encode"
+            )
+        if self.solver == "mu":
+            self._only_the_paper()
+
+    def _only_the_paper(self) -> None:
+        extra = {
+            "refit": self.refit,
+            "l1": self.l1,
+            "l2": self.l2,
+            "max_active": self.max_active,
+            "fixed": self.n_fixed,
+            "token_weights": self.weighted,
+        }
+        given = [name for name, value in extra.items() if value]
+        if given:
+            raise ValueError(
+                f"{given[0]}: solver='mu' is the paper's iteration, which has no such thing; use solver='auto'"
+            )
 
 
 def fit(
@@ -82,9 +109,15 @@ def fit(
     *,
     keep: float = 0.01,
     solver: str = "auto",
+    refit: bool | str | None = None,
     sweeps: int | None = None,
-    init: str | tuple[Any, Any] = "random",
-    neuron_scale: str | None = None,
+    init: str | tuple[Any, Any] = "auto",
+    neuron_scale: str | None = "auto",
+    l1: float = 0.0,
+    l2: float = 0.0,
+    max_active: int | None = None,
+    fixed: Tensor | np.ndarray | None = None,
+    token_weights: Tensor | np.ndarray | None = None,
     ridge: float = 1e-6,
     max_iter: int | None = None,
     tol: float | None = None,
@@ -98,9 +131,9 @@ def fit(
 ) -> Factorization:
     """Factorises activations into sparse signed features and non-negative coefficients, ``A ≈ Z Y``.
 
-    Minimises ``‖A − Z Y‖²_F`` over ``Y >= 0`` and Z with at most ``ceil(keep·d)`` non-zeros in each column,
-    by the iteration of "Constructing Interpretable Features from Compositional Neuron Groups" (Shafran,
-    Geiger & Geva, ACL 2026):
+    Minimises ``‖A − Z Y‖²_F`` over ``Y >= 0`` and Z with at most ``ceil(keep·d)`` non-zeros in each column: the
+    problem of "Constructing Interpretable Features from Compositional Neuron Groups" (Shafran, Geiger & Geva, ACL
+    2026). ``solver="mu"`` is that paper's iteration, step for step:
 
     1. ``Z ← A Yᵀ (Y Yᵀ + ridge·I)⁻¹``
     2. winner-take-all: in each column of Z keep the entries of largest magnitude
@@ -108,29 +141,47 @@ def fit(
     4. ``Y ← Y ∘ sqrt((P⁺ + Q⁻Y) / (P⁻ + Q⁺Y + 1e-6))`` with ``P = ZᵀA``, ``Q = ZᵀZ``, ``sweeps`` times
     5. the loss; the best pair is remembered
 
+    ``solver="auto"`` reaches that iteration's loss hundreds of times sooner. It starts from clusters of tokens, lets
+    several sweeps of coordinate descent over Y follow each pass over A, and after steps 1 and 2 have found their
+    supports it chooses each column anew, exactly, given the others, and solves each neuron's least squares on its
+    support. Its last Y is the optimum on its Z (what ``Factorization.encode`` gives).
+
+    Two settings to know: the default makes the better detectors of concepts; for the smallest loss, ``refit=True,
+    neuron_scale=None``. README and ``benchmarks/defaults`` have the figures.
+
     Args:
         A: activations ``[d, n]``, neurons × tokens: a torch tensor, numpy array or memmap; float16, bfloat16,
             float32 or float64; any strides, so token-major activations go in as ``acts.T`` without a copy.
             Never written to.
         k: number of features.
         keep: fraction of neurons that a feature keeps.
-        solver: ``"mu"`` is the paper's iteration, step for step; its 1e-6 in step 4 is absolute, so entries of A
-            should not be much below 0.01 (or use ``neuron_scale``). ``"auto"`` is the same iteration with
-            several sweeps of step 4 to each pass over A, which reaches the same loss in a fraction of the
-            passes; its 1e-6 is relative to the mean square of A, so that the scale of A does not matter.
-        sweeps: how often step 4 is repeated in an iteration. Default: 1 for ``"mu"``, 10 for ``"auto"``.
-        init: ``"random"`` (the paper's), ``"svd"``, ``"kmeans"``, or a pair ``(Z0 [d, k], Y0 [k, n])``. Of
+        solver: ``"auto"`` or ``"mu"``. The latter's 1e-6 in step 4 is absolute, so entries of A should not be much
+            below 0.01 (or use ``neuron_scale``).
+        refit: ``"auto"`` only. ``"late"`` (default): as above, the supports chosen anew once, after exploring. True:
+            again and again, from the second iteration on: a smaller loss, but features that follow loud neurons.
+            False: steps 1 and 2 throughout.
+        sweeps: over Y in an iteration. Default: 10, and 1 for ``"mu"``.
+        init: ``"kmeans"`` (default: spherical k-means of a sample of the tokens), ``"random"`` (the paper's, and the
+            default for ``"mu"``), ``"svd"``, or a pair ``(Z0 [d, k], Y0 [k, n])``. Of
             the pair one may be None: without Y0 the start is the non-negative least squares solution on Z0;
             Z0 is not used where Y0 is given, since step 1 computes Z from Y.
-        neuron_scale: ``"rms"`` divides each neuron by its root mean square before factorising, so that a few
-            loud neurons do not decide everything; Z and ``relative_error`` are in the original units all the
-            same. None: as it is.
-        ridge: λ of step 1.
-        max_iter: bound on the iterations. Default: 1000 for ``"mu"``, 200 for ``"auto"``.
+        neuron_scale: ``"rms"`` (default; not for ``"mu"``) divides each neuron by its root mean square before
+            factorising, so that a few loud neurons do not decide everything; Z and ``relative_error`` are in the
+            original units all the same. None: as it is.
+        l1: penalty ``2 l1 ν Σ ‖z_i‖ y_it`` with ν the root mean square norm of a token: a feature is used on a token
+            only as far as the token's projection on it exceeds the share ``l1`` of a typical token. For sparser Y,
+            try 0.01 to 0.1. Not for ``"mu"``, like the next four.
+        l2: penalty ``l2 Σ (‖z_i‖ y_it)²``.
+        max_active: at most so many features on a token: those of largest ``‖z_i‖ y_it``. None: any number.
+        fixed: features ``[d, f]``, ``f < k``, that stay as they are, in the units of A: they become the first
+            columns of Z, and the other ``k - f`` explain the rest.
+        token_weights: ``[n]``, non-negative: the weight of each token's squared residual. 0 leaves a token out.
+        ridge: λ of step 1 and of the least squares on supports (``"auto"`` takes it for rows of Y at unit norm).
+        max_iter: bound on the iterations. Default: 200, and 1000 for ``"mu"``.
         tol, patience: stop when the best loss has not fallen by the relative amount ``tol`` for ``patience``
-            iterations. Default: 1e-4, and a patience of 50 for ``"mu"``, 10 for ``"auto"``. ``tol=0`` with a large
+            iterations. Default: 1e-3 and 4, and 1e-4 and 50 for ``"mu"``. ``tol=0`` with a large
             patience runs to ``max_iter``.
-        seed: of the random start. The same seed gives the same start on every device, and the same bits on
+        seed: of the start. The same seed gives the same start on every device, and the same bits on
             the same machine and number of threads; no global generator is touched.
         device: where to compute. Default: where A is.
         dtype: torch.float32 or torch.float64 to compute in. Default: float64 for float64 A, else float32.
@@ -148,18 +199,29 @@ def fit(
     """
     matrix = as_matrix("A", A)
     working = _working_dtype(dtype, matrix.dtype)
-    fast = solver != "mu"
+    if solver not in DEFAULTS:
+        raise ValueError(f"solver: wanted one of {', '.join(DEFAULTS)}, got {solver!r}")
+    default = DEFAULTS[solver]
+    if isinstance(init, str) and init == "auto":
+        init = default["init"]
+    fixed_features = None if fixed is None else as_matrix("fixed", fixed)
     options = Options(
         k=_checks.integer("k", k, 1),
         keep=_checks.number("keep", keep),
         solver=solver,
-        sweeps=(10 if fast else 1) if sweeps is None else _checks.integer("sweeps", sweeps, 1),
+        refit=default["refit"] if refit is None else refit,
+        sweeps=default["sweeps"] if sweeps is None else _checks.integer("sweeps", sweeps, 1),
         init=init if isinstance(init, str) else "given",
-        neuron_scale=neuron_scale,
+        neuron_scale=default["neuron_scale"] if neuron_scale == "auto" else neuron_scale,
+        l1=_checks.number("l1", l1),
+        l2=_checks.number("l2", l2),
+        max_active=None if max_active is None else _checks.integer("max_active", max_active, 1),
+        n_fixed=0 if fixed_features is None else fixed_features.shape[1],
+        weighted=token_weights is not None,
         ridge=_checks.number("ridge", ridge),
-        max_iter=(200 if fast else 1000) if max_iter is None else _checks.integer("max_iter", max_iter, 1),
-        tol=1e-4 if tol is None else _checks.number("tol", tol),
-        patience=(10 if fast else 50) if patience is None else _checks.integer("patience", patience, 1),
+        max_iter=default["max_iter"] if max_iter is None else _checks.integer("max_iter", max_iter, 1),
+        tol=default["tol"] if tol is None else _checks.number("tol", tol),
+        patience=default["patience"] if patience is None else _checks.integer("patience", patience, 1),
         seed=_checks.integer("seed", seed, 0),
         dtype=str(working).removeprefix("torch."),
         backend=backend,
@@ -167,101 +229,29 @@ def fit(
     matrix = matrix.to(_device(device, matrix.device))
     kernels = _backends.choose_all(matrix.device, working, backend, options.k)
     with full_precision(matrix.device), _Progress(progress, options.max_iter) as bar:
-        data = DataMatrix(matrix, working, kernels)
-        if neuron_scale == "rms":
+        data = DataMatrix(matrix, working, kernels, check_weights(token_weights, matrix, working))
+        if options.neuron_scale == "rms":
             data.scale_neurons()
-        Y = _start(data, init, options)
-        found = _iterate(data, Y, options, (*bar.callbacks, *([callback] if callback else [])))
-        return _result(data, found, options, as_numpy=isinstance(A, np.ndarray))
-
-
-@dataclasses.dataclass
-class _Found:
-    """What the loop ends with: the best pair, in the scaled units of the data."""
-
-    Z: SparseColumns
-    Y: Tensor
-    losses: list[float]
-    stop_reason: StopReason
-
-
-def _iterate(data: DataMatrix, Y: Tensor, options: Options, callbacks: Iterable[Callback]) -> _Found:
-    kernels = data.kernels
-    count = kept_count(options.keep, data.d)
-    squared_norm = data.squared_norm()
-    eps = EPS
-    if options.solver != "mu":
-        # The paper's constant suits entries of order one; taken relative to them, the scale of A does not matter.
-        eps *= relative(squared_norm, data.d * data.n) or 1.0
-    # The loss is a difference of sums of this size, which are float64 sums of entries in the working dtype.
-    rounding = 8 * torch.finfo(data.dtype).eps * squared_norm
-    losses: list[float] = []
-    best_loss = reference_loss = math.inf
-    best: tuple[SparseColumns, Tensor] | None = None
-    stale = 0
-    stop_reason = StopReason.MAX_ITER
-
-    AYt, YYt = data.times(Y.T), Y @ Y.T
-    for n_iter in range(1, options.max_iter + 1):
-        Z = kernels.winner_take_all(_least_squares(AYt, YYt, options.ridge, kernels).T, count)
-        norms = torch.diagonal(YYt).sqrt()
-        norms = torch.where(norms > 0, norms, 1)
-        Z = Z.scaled_columns(norms)
-        ZtA = data.sparse_transposed_times(Z)
-        ZtZ = kernels.sparse_product(Z, Z.to_dense())
-        Y = kernels.multiplicative_update(Y / norms[:, None], ZtA, ZtZ, eps, options.sweeps)
-        del ZtA
-        # These serve the next iteration and give this one's loss: ‖A‖² − 2⟨A Yᵀ, Z⟩ + ⟨ZᵀZ, Y Yᵀ⟩.
-        AYt, YYt = data.times(Y.T), Y @ Y.T
-        loss = squared_norm + float(_dot(ZtZ, YYt) - 2 * _dot(Z.gather(AYt), Z.values))
-        if not math.isfinite(loss):
-            raise _too_large(options.dtype)
-        loss = max(loss, 0.0)
-        losses.append(loss)
-        if loss < best_loss:
-            best_loss, best = loss, (Z, Y)
-        if loss <= reference_loss * (1 - options.tol) and loss < reference_loss:
-            reference_loss, stale = loss, 0
-        else:
-            stale += 1
-        state = IterationState(
-            n_iter, options.max_iter, loss, relative(loss, squared_norm), relative(best_loss, squared_norm)
+        squared_norm = data.squared_norm()
+        problem = Problem(
+            data,
+            kept_count(options.keep, data.d),
+            options.ridge,
+            threshold=options.l1 * math.sqrt(squared_norm / data.total_weight),
+            l2=options.l2,
+            max_active=options.max_active or 0,
+            fixed=None if fixed_features is None else _fixed(fixed_features, data),
         )
-        # Every callback is told, also after one has asked to stop.
-        asked = [bool(callback(state)) for callback in callbacks]
-        if any(asked):
-            stop_reason = StopReason.CALLBACK
-        elif best_loss <= rounding:
-            stop_reason = StopReason.EXACT
-        elif stale >= options.patience:
-            stop_reason = StopReason.CONVERGED
+        Y = _start(problem, init, options)
+        callbacks = (*bar.callbacks, *([callback] if callback else []))
+        monitor = Monitor(squared_norm, working, options.max_iter, options.tol, options.patience, callbacks)
+        if solver == "mu":
+            Z, Y = _loop.paper_iterations(problem, Y, monitor, options.sweeps)
+            measured = data.coefficient_pass(Z, problem.gram(Z), Y, 0, out=Y, residual=True)
         else:
-            continue
-        break
-    assert best is not None  # the first loss is finite, so below infinity
-    logger.debug("fit stopped after %d iterations: %s", len(losses), stop_reason.value)
-    return _Found(*best, losses, stop_reason)
-
-
-def _least_squares(AYt: Tensor, YYt: Tensor, ridge: float, kernels: _backends.Kernels) -> Tensor:
-    """``(Y Yᵀ + ridge·I)⁻¹ (A Yᵀ)ᵀ`` as ``[k, d]``, solved in float64 where there is one.
-
-    Where rounding has left ``Y Yᵀ + ridge·I`` without a Cholesky factor (two features with the same
-    coefficients, say), the ridge is raised tenfold until it has one.
-    """
-    precise = YYt.dtype if YYt.device.type == "mps" else torch.float64
-    G, B = YYt.to(precise)[None], AYt.to(precise)[None]
-    floor = float(
-        torch.finfo(YYt.dtype).eps * torch.diagonal(YYt).max().clamp(min=torch.finfo(YYt.dtype).tiny)
-    )
-    if not math.isfinite(floor):
-        raise _too_large(str(YYt.dtype).removeprefix("torch."))
-    while True:
-        X, info = kernels.ridge_solve(G, B, ridge)
-        if int(info[0]) == 0:
-            return X[0].to(AYt.dtype)
-        ridge = max(10 * ridge, floor)
-        logger.debug("Y Yᵀ is singular to working precision; ridge raised to %.3g", ridge)
+            Z, Y, measured = _loop.fast_iterations(problem, Y, monitor, options.sweeps, options.refit)
+        logger.debug("fit stopped after %d iterations: %s", monitor.n_iter, monitor.stop_reason)
+        return _result(problem, Z, Y, measured, monitor, options, as_numpy=isinstance(A, np.ndarray))
 
 
 def kept_count(keep: float, d: int) -> int:
@@ -269,26 +259,23 @@ def kept_count(keep: float, d: int) -> int:
     return math.ceil(Fraction(repr(keep)) * d)
 
 
-def _too_large(dtype: str) -> FloatingPointError:
-    return FloatingPointError(
-        f"the solver's sums are not finite in {dtype}: the values of A, or of a given start, are too large; "
-        "divide them by their largest magnitude, or pass dtype=torch.float64"
-    )
+def _fixed(features: Tensor, data: DataMatrix) -> SparseColumns:
+    if features.shape[0] != data.d:
+        raise ValueError(
+            f"fixed: wanted {data.d} rows (neurons), as A has, got shape {tuple(features.shape)}"
+        )
+    given = _given("fixed", features, data)
+    assert given is not None
+    return sparse_features(data.scaled(given))
 
 
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """Sum of products in float64 (float32 where the device has no more)."""
-    precise = left.dtype if left.device.type == "mps" else torch.float64
-    return (left.to(precise) * right.to(precise)).sum()
-
-
-def _start(data: DataMatrix, init: str | tuple[Any, Any], options: Options) -> Tensor:
-    """Y0 ``[k, n]`` in the working dtype, floored: a zero would stay zero for ever."""
+def _start(problem: Problem, init: str | tuple[Any, Any], options: Options) -> Tensor:
+    """Y0 ``[k, n]`` in the working dtype. Floored for multiplicative updates: a zero would stay zero for ever."""
+    data = problem.data
     if isinstance(init, str):
         if init not in INITS:
             raise ValueError(f"init: wanted one of {', '.join(INITS)} or a pair (Z0, Y0), got {init!r}")
-        generator = torch.Generator().manual_seed(options.seed)
-        return INITS[init](data, options.k, generator)[1]
+        return _drawn_start(problem, init, options)
     if not isinstance(init, tuple) or len(init) != 2:
         raise TypeError(
             f"init: wanted one of {', '.join(INITS)} or a pair (Z0, Y0), got {type(init).__name__}"
@@ -300,18 +287,33 @@ def _start(data: DataMatrix, init: str | tuple[Any, Any], options: Options) -> T
     if Y0 is not None:
         if bool((Y0 < 0).any()):
             raise ValueError(f"init[1]: wanted Y0 >= 0, got {int((Y0 < 0).sum())} negative entries")
-        return _floored(Y0)
+        return _floored(Y0) if options.solver == "mu" else Y0.clone()
     if Z0 is None:
         raise ValueError(
             "init: wanted Z0, Y0 or both, got (None, None); use init='random' for a random start"
         )
-    if data.scale is not None:
-        Z0 = Z0 / data.scale[:, None]
-    every_row = torch.arange(data.d, device=data.device).expand(options.k, -1)
-    Y, _ = solve_coefficients(
-        data, SparseColumns(every_row, Z0.T.contiguous(), data.d), tol=1e-3, max_sweeps=100
-    )
-    return _floored(Y)
+    Z0 = data.scaled(Z0)
+    start = sparse_features(Z0)
+    Y, *_ = problem.solve_coefficients(start, tol=1e-3, max_sweeps=100)
+    return _floored(Y) if options.solver == "mu" else Y
+
+
+def _drawn_start(problem: Problem, init: str, options: Options) -> Tensor:
+    data, free = problem.data, options.k - problem.n_fixed
+    generator = torch.Generator().manual_seed(options.seed)
+    if init == "kmeans" and options.solver != "mu" and free <= data.n:
+        # Winner-take-all of the centroids and their coefficients take one sparse pass, and are nearer than memberships.
+        centroids = kmeans_centroids(data, free, generator)
+        Z = problem.all_features(data.kernels.winner_take_all(centroids, problem.count))
+        Y = torch.zeros(options.k, data.n, dtype=data.dtype, device=data.device)
+        problem.update_coefficients(Z, problem.gram(Z), Y, options.sweeps, out=Y)
+        return Y
+    Y = INITS[init](data, free, generator)
+    if problem.fixed is None:
+        return Y
+    # What fixed features explain is not left for the others to start from.
+    of_fixed, *_ = problem.solve_coefficients(problem.fixed, tol=1e-3, max_sweeps=100)
+    return torch.cat([of_fixed, Y])
 
 
 def _floored(Y: Tensor) -> Tensor:
@@ -331,15 +333,24 @@ def _given(name: str, value: Any, data: DataMatrix) -> Tensor | None:
     return matrix
 
 
-def _result(data: DataMatrix, found: _Found, options: Options, *, as_numpy: bool) -> Factorization:
-    sparse = found.Z if data.scale is None else found.Z.scaled_rows(data.scale)
-    Z, Y = sparse.to_dense(), found.Y
-    error = float(data.unscaled_residual_row_squares(Z, Y).sum())
-    dead = ((sparse.values == 0).all(1) | (Y == 0).all(1)).nonzero()[:, 0]
+def _result(
+    problem: Problem,
+    features: SparseColumns,
+    Y: Tensor,
+    measured: PassResult,
+    monitor: Monitor,
+    options: Options,
+    *,
+    as_numpy: bool,
+) -> Factorization:
+    data = problem.data
+    Z = data.unscaled(features).to_dense()
+    dead = ((features.values == 0).all(1) | ~(Y > 0).any(1)).nonzero()[:, 0]
     if len(dead):
         logger.info(
             "%d of %d features are dead (a zero column of Z or a zero row of Y)", len(dead), options.k
         )
+    assert monitor.stop_reason is not None
 
     def give(tensor: Tensor) -> Tensor | np.ndarray:
         return tensor.cpu().numpy() if as_numpy else tensor
@@ -347,14 +358,14 @@ def _result(data: DataMatrix, found: _Found, options: Options, *, as_numpy: bool
     return Factorization(
         Z=give(Z),
         Y=give(Y),
-        relative_error=relative(error, float(data.row_squares.sum())),
-        loss_history=tuple(found.losses),
-        n_iter=len(found.losses),
-        stop_reason=found.stop_reason,
+        relative_error=relative(measured.residual, measured.data),
+        loss_history=tuple(monitor.losses),
+        n_iter=monitor.n_iter,
+        stop_reason=monitor.stop_reason,
         backend=data.kernels.backend,
         dead_features=give(dead),
         neuron_scale=None if data.scale is None else give(data.scale),
-        options=dataclasses.asdict(options),
+        options=dataclasses.asdict(options) | {"l1_threshold": problem.threshold},
     )
 
 

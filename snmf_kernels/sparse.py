@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,4 +55,66 @@ class SparseColumns:
     def to_dense(self) -> Tensor:
         """The matrix ``Z [d, k]``, a transposed view of ``[k, d]`` storage: a feature's neurons lie together."""
         dense = torch.zeros(self.k, self.d, dtype=self.values.dtype, device=self.values.device)
-        return dense.scatter_(1, self.indices, self.values).T
+        # Added, for a column that was filled up names a row twice.
+        return dense.scatter_add_(1, self.indices, self.values).T
+
+    def joined(self, other: SparseColumns) -> SparseColumns:
+        """The columns of both, those of ``other`` last. Shorter ones are filled up with explicit zeros at their end."""
+        count = max(self.indices.shape[1], other.indices.shape[1])
+        left, right = self._filled(count), other._filled(count)
+        return SparseColumns(
+            torch.cat([left.indices, right.indices]), torch.cat([left.values, right.values]), self.d
+        )
+
+    def _filled(self, count: int) -> SparseColumns:
+        missing = count - self.indices.shape[1]
+        if not missing:
+            return self
+        # A row that a column keeps already will do: the added value is zero.
+        indices = torch.cat([self.indices, self.indices[:, -1:].expand(-1, missing)], 1)
+        return SparseColumns(
+            indices, torch.cat([self.values, self.values.new_zeros(self.k, missing)], 1), self.d
+        )
+
+    def supports(self) -> tuple[Supports, Tensor]:
+        """The kept entries by neuron instead of by feature, and the order ``[k * count]`` that puts them so."""
+        rows, order = self.indices.flatten().sort(stable=True)
+        offsets = torch.zeros(self.d + 1, dtype=torch.int64, device=rows.device)
+        torch.cumsum(torch.bincount(rows, minlength=self.d), 0, out=offsets[1:])
+        return Supports(offsets, order // self.indices.shape[1], self.d), order
+
+
+@dataclass(frozen=True)
+class Supports:
+    """Which features each neuron belongs to.
+
+    Attributes:
+        offsets: ``int64 [d + 1]``; those of neuron r are ``members[offsets[r]:offsets[r + 1]]``.
+        members: features, ``int64``, each at most once to a neuron.
+        d: number of neurons.
+    """
+
+    offsets: Tensor
+    members: Tensor
+    d: int
+
+
+class PassResult(NamedTuple):
+    """What a pass over the activations gives beside the new coefficients.
+
+    Attributes:
+        AYt: entries of ``A Yᵀ`` at the kept places of Z, ``[k, count]``, or None if not asked for.
+        dot: ``⟨ZᵀA − shift, Y⟩``, tokens weighted.
+        violation: ``‖min(Y, (ZtZ Y − ZtA + shift) / diag(ZtZ))‖²`` over living features; 0 if not asked for.
+        squared_norm: ``‖Y‖²``.
+        residual, data: ``‖A − Z Y‖²`` and ``‖A‖²``, tokens weighted, if the residual was asked for; else 0.
+        sweeps: the most sweeps that a token took.
+    """
+
+    AYt: Tensor | None
+    dot: float
+    violation: float
+    squared_norm: float
+    residual: float
+    data: float
+    sweeps: int

@@ -72,11 +72,11 @@ def test_fewer_passes_with_more_sweeps():
 def test_invariants(keep):
     A, _, _ = planted(150, 400, 9, keep=0.1, noise=0.5)
     before = A.clone()
-    result = fit(A, 9, keep=keep, max_iter=30)
+    result = fit(A, 9, keep=keep, neuron_scale=None, max_iter=30)
     assert torch.equal(A, before)
     assert bool((result.Y >= 0).all())
     assert int((result.Z != 0).sum(0).max()) <= math.ceil(keep * 150)
-    assert len(result.loss_history) == result.n_iter
+    assert len(result.loss_history) == result.n_iter + 1  # and the sweeps over Y after the last
     # The best iterate is returned, and the loss from Gram matrices is the loss.
     exact = float((A.double() - result.Z.double() @ result.Y.double()).square().sum())
     assert min(result.loss_history) == pytest.approx(exact, rel=1e-4)
@@ -135,14 +135,16 @@ def test_half_precision_input_is_read_exactly(dtype, backend, neuron_scale):
     for layout in LAYOUTS.values():
         got, wanted = fit(layout(A), 5, **options), fit(A.float(), 5, **options)
         assert got.Y.dtype == torch.float32
-        assert_near(got.Y, wanted.Y, 1e-5)
+        assert_near(got.Y, wanted.Y, 1e-4)  # the products add up in another order: worst 2.6e-5
         assert got.relative_error == pytest.approx(wanted.relative_error, rel=1e-4)
 
 
 def test_blocks_do_not_change_the_result(monkeypatch):
     A = planted(100, 230, 5, keep=0.1, noise=0.5)[0].bfloat16()
     wanted = [fit(A, 5, keep=0.1, max_iter=5, init=init) for init in ("random", "kmeans", "svd")]
-    monkeypatch.setattr(snmf_kernels._data, "_BLOCK_ELEMENTS", 100 * 7)  # blocks of 7 tokens, the last of 6
+    monkeypatch.setattr(
+        snmf_kernels._data, "_BLOCK_ELEMENTS", {"cpu": 100 * 7}
+    )  # blocks of 7 tokens, the last of 6
     for init, before in zip(("random", "kmeans", "svd"), wanted, strict=True):
         assert_near(fit(A, 5, keep=0.1, max_iter=5, init=init).Y, before.Y, 1e-5)
 
@@ -272,7 +274,7 @@ def test_torch_defaults_do_not_matter(monkeypatch):
         assert torch.equal(got.Y, before.Y)
         assert torch.equal(code, before.encode(A).Y)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(fit(A, 4, **options).Y, wanted["random"].Y)
+        assert torch.equal(fit(A, 4, **options).Y, wanted["kmeans"].Y)
 
 
 def test_numpy_scalars_are_welcome_as_options(tmp_path):
@@ -311,7 +313,7 @@ def test_callback():
     result = fit(A, 4, keep=0.1, tol=0, callback=lambda state: states.append(state) or state.n_iter == 7)
     assert result.stop_reason is StopReason.CALLBACK
     assert [state.n_iter for state in states] == list(range(1, 8))
-    assert tuple(state.loss for state in states) == result.loss_history
+    assert tuple(state.loss for state in states) == result.loss_history[:-1]
 
 
 def test_progress_bar(capsys):
@@ -424,7 +426,7 @@ def test_bad_input_is_refused_by_name(case):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_non_finite_values_are_counted_and_located(dtype, monkeypatch):
-    monkeypatch.setattr(snmf_kernels._data, "_BLOCK_ELEMENTS", 4 * 3)
+    monkeypatch.setattr(snmf_kernels._data, "_BLOCK_ELEMENTS", {"cpu": 4 * 3})
     A = torch.ones(4, 10, dtype=dtype)
     A[2, 7] = torch.inf
     A[3, 9] = torch.nan
@@ -443,10 +445,11 @@ def test_a_device_that_is_not_there():
 def test_values_too_large_for_the_working_dtype():
     A = torch.full((4, 5), 1e30) * torch.rand(4, 5)
     with pytest.raises(FloatingPointError, match="divide them by their largest magnitude"):
-        fit(A, 2, keep=1.0)
+        fit(A, 2, keep=1.0, neuron_scale=None)
     with pytest.raises(FloatingPointError, match="of a given start, are too large"):
         fit(torch.rand(50, 60), 2, keep=0.2, init=(None, 1e25 * torch.rand(2, 60)))
     assert fit(A, 2, keep=1.0, dtype=torch.float64).relative_error < 0.5
+    assert fit(A, 2, keep=1.0).relative_error < 0.5  # scaled neurons do not overflow
 
 
 def test_loss_history_matches_dense_losses():

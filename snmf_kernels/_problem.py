@@ -1,0 +1,122 @@
+"""What ``fit`` minimises, and the step for Y at fixed Z, which ``Factorization.encode`` shares."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._data import DataMatrix
+from .sparse import PassResult, SparseColumns
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is minimised over a sparse Z and Y >= 0:
+
+        ‖A − Z Y‖² + 2 threshold Σ_it ‖z_i‖ y_it + l2 Σ_it (‖z_i‖ y_it)²
+
+    The penalties are on the contributions ``‖z_i‖ y_it`` of features to tokens, which no scaling between a column of
+    Z and its row of Y changes. With token weights, each token's terms are weighted.
+
+    Attributes:
+        data: the (scaled) activations.
+        count: how many neurons a free feature keeps.
+        ridge: λ of the least-squares step for Z.
+        threshold, l2: see above.
+        max_active: at most so many features to a token; 0 for any number.
+        fixed: features that stay as they are, in scaled units; the first rows of Y are theirs.
+    """
+
+    data: DataMatrix
+    count: int
+    ridge: float
+    threshold: float = 0.0
+    l2: float = 0.0
+    max_active: int = 0
+    fixed: SparseColumns | None = None
+
+    @property
+    def n_fixed(self) -> int:
+        """How many features are fixed."""
+        return 0 if self.fixed is None else self.fixed.k
+
+    def all_features(self, free: SparseColumns) -> SparseColumns:
+        """Fixed and free features together."""
+        return free if self.fixed is None else self.fixed.joined(free)
+
+    def gram(self, Z: SparseColumns) -> Tensor:
+        """``ZᵀZ [k, k]``."""
+        gram: Tensor = self.data.kernels.sparse_product(Z, Z.to_dense())
+        return gram
+
+    def update_coefficients(
+        self, Z: SparseColumns, ZtZ: Tensor, Y: Tensor, sweeps: int, **options: Any
+    ) -> PassResult:
+        """Coordinate descent over Y for fixed Z; see ``reference.coefficient_pass`` for the options."""
+        norms = torch.diagonal(ZtZ).clamp(min=0).sqrt()
+        penalised = ZtZ + torch.diag(self.l2 * torch.diagonal(ZtZ)) if self.l2 else ZtZ
+        return self.data.coefficient_pass(
+            Z,
+            penalised,
+            Y,
+            sweeps,
+            shift=self.threshold * norms if self.threshold else None,
+            feature_norms=norms,
+            max_active=self.max_active,
+            **options,
+        )
+
+    def objective(self, result: PassResult, ZtZ: Tensor, YYt: Tensor) -> float:
+        """The objective from a pass's sums and Gram matrices: ``‖A‖² − 2⟨ZtA − shift, Y⟩ + ⟨ZtZ + penalty, Y Yᵀ⟩``."""
+        squared = dot(ZtZ, YYt) + self.l2 * dot(torch.diagonal(ZtZ), torch.diagonal(YYt))
+        return self.data.squared_norm() + squared - 2 * result.dot
+
+    def solve_coefficients(
+        self, Z: SparseColumns, tol: float, max_sweeps: int
+    ) -> tuple[Tensor, float, PassResult]:
+        """The optimal Y for fixed Z, its KKT residual, and the pass that measured it.
+
+        Coordinate descent from zero until the KKT residual (see ``Encoding``) is at most ``tol`` or ``max_sweeps`` are
+        done.
+        """
+        data = self.data
+        ZtZ = self.gram(Z)
+        Y = torch.zeros(Z.k, data.n, dtype=data.dtype, device=data.device)
+        sweeps_left, sweep_tol = max_sweeps, tol
+        while True:
+            result = self.update_coefficients(
+                Z, ZtZ, Y, sweeps_left, out=Y, tol=sweep_tol, measure=True, residual=True
+            )
+            if not math.isfinite(result.dot):
+                raise FloatingPointError(
+                    f"A: its products with Z are not finite in {str(data.dtype).removeprefix('torch.')}; "
+                    "divide A by its largest magnitude, or fit with dtype=torch.float64"
+                )
+            residual = kkt_residual(result)
+            sweeps_left -= result.sweeps
+            if residual <= tol or sweeps_left <= 0:
+                return Y, residual, result
+            # A sweep changes a token by about what it is from its optimum, where convergence is slow by less.
+            sweep_tol /= 4
+
+
+def kkt_residual(measured: PassResult) -> float:
+    """``‖min(Y, (ZtZ Y − ZtA) / diag(ZtZ))‖ / ‖Y‖``; zero where Y = 0 is the optimum."""
+    violation = math.sqrt(measured.violation)
+    # Written so that NaN is passed on.
+    return 0.0 if violation == 0 else violation / max(math.sqrt(measured.squared_norm), 1e-300)
+
+
+def dot(left: Tensor, right: Tensor) -> float:
+    """Sum of products in float64 (float32 where the device has no more)."""
+    precise = solve_dtype(left)
+    return float((left.to(precise) * right.to(precise)).sum())
+
+
+def solve_dtype(like: Tensor) -> torch.dtype:
+    """float64, or float32 on Apple's GPUs, which have no more."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
