@@ -4,7 +4,7 @@
 
     model = load_model("smollm2-135m")
     store = collect(model, read_texts("concepts"), layers="12")
-    factors = snmf_kernels.fit(store.layer(12).T, k=100, neuron_scale="rms")
+    factors = snmf_kernels.fit(store.layer(12).T, k=100)
     features = describe(factors, store, model, layer=12)
 
 Names are imported when they are first used, so that the command line answers at once.

@@ -199,7 +199,7 @@ def collect(
         time.perf_counter() - started,
     )
     terminal.counts(screen, run.config)
-    screen.print(Text(f"\nNext: {terminal.command()} fit {out} --k 100 --neuron-scale rms"), soft_wrap=True)
+    screen.print(Text(f"\nNext: {terminal.command()} fit {out} --k 100"), soft_wrap=True)
 
 
 @_command("fit")
@@ -213,11 +213,20 @@ def fit(
     neuron_scale: Annotated[
         str,
         typer.Option(
-            help="rms divides each neuron by its RMS first, so that no few neurons decide; or none."
+            help="rms divides each neuron by its RMS first, so that no few neurons decide; or none.  "
+            "[default: rms, and none for --solver mu]"
         ),
-    ] = "none",
+    ] = "auto",
     solver: Annotated[str, typer.Option(help="auto, or mu: the paper's iteration.")] = "auto",
-    init: Annotated[str, typer.Option(help="random, svd or kmeans.")] = "random",
+    refit: Annotated[
+        str | None,
+        typer.Option(
+            help="late, always or never: whether supports are chosen anew for a smaller loss.  [default: late]"
+        ),
+    ] = None,
+    init: Annotated[
+        str, typer.Option(help="kmeans, random or svd.  [default: kmeans, and random for --solver mu]")
+    ] = "auto",
     max_iter: Annotated[int | None, typer.Option(help="Most iterations.  [default: the solver's]")] = None,
     tol: Annotated[
         float | None, typer.Option(help="Relative gain that counts as progress.  [default: the solver's]")
@@ -240,8 +249,17 @@ def fit(
     opened = Run.open(run)
     wanted = opened.parse_layers(layers)
     screen = terminal.console()
+    choices: dict[str, bool | str] = {"late": "late", "always": True, "never": False}
+    if refit is not None and refit not in choices:
+        raise ValueError(f"--refit: wanted {', '.join(choices)}, got {refit!r}")
     # What is not given is the solver's to choose.
-    limits: dict[str, Any] = {"max_iter": max_iter, "tol": tol, "patience": patience, "device": device}
+    limits: dict[str, Any] = {
+        "max_iter": max_iter,
+        "tol": tol,
+        "patience": patience,
+        "device": device,
+        "refit": None if refit is None else choices[refit],
+    }
     records = opened.fit(
         wanted,
         k,

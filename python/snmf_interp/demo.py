@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 # 23 for its logit-lens words. A few others do as well by that count (SmolLM2's 27, Gemma's 13 and 15);
 # SmolLM2's 10 to 20 do far worse. The demo shows what the method can find, not what it finds everywhere.
 LAYERS = {"smollm2-135m": [5, 8, 23], "gemma-3-270m": [5, 12, 16]}
-# Neuron scaling, because without it a few high-variance neurons decide every feature: in most layers of both
-# models the features then match fewer concepts.
-OPTIONS: dict[str, Any] = {"neuron_scale": "rms", "seed": 0}
+OPTIONS: dict[str, Any] = {"seed": 0}
 K = 100
 
 

@@ -1,0 +1,212 @@
+"""What each default of ``fit`` is worth: features as detectors of held-out concepts, and the loss.
+
+    python benchmarks/defaults/experiment.py run       # fills results.json; a run that was cut short goes on
+    python benchmarks/defaults/experiment.py report    # table.md and figure.png from it
+
+For each of six layers and five seeds the 864 labelled texts are split in two halves. A setting is fitted on the tokens
+of one half, each of 72 concepts is matched to its best feature there, and scored on the other half
+(``snmf_interp.evaluation``). A seed decides the split and the start; all settings share them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from real_activations import CASES, activations, store
+
+import snmf_kernels
+from snmf_interp.evaluation import best_neurons, evaluate_features, permuted_labels, split_texts
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
+K, SEEDS = 100, range(5)
+PAPER = {"solver": "mu", "max_iter": 1000, "tol": 0.0, "patience": 1000}
+# The first row of each group is the default; the others differ from it in what they name.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "refit=False": {"refit": False},
+    "refit=True": {"refit": True},
+    "neuron_scale=None": {"neuron_scale": None},
+    "refit=True, neuron_scale=None": {"refit": True, "neuron_scale": None},
+    "init='random'": {"init": "random"},
+    "init='svd'": {"init": "svd"},
+    "sweeps=3": {"sweeps": 3},
+    "sweeps=30": {"sweeps": 30},
+    "tol=1e-2": {"tol": 1e-2},
+    "tol=1e-4": {"tol": 1e-4},
+    "paper, 1000 iterations": PAPER,
+    "paper, neuron_scale='rms'": PAPER | {"neuron_scale": "rms"},
+}
+CONTROLS = ("best single neurons", "permuted labels")
+
+
+def measure(model: str, layer: int, seed: int, name: str) -> dict[str, Any]:
+    A, text_of = activations(model, layer), store(model).samples(layer)
+    labels = store(model).corpus.labels
+    train = split_texts(labels, seed=seed)
+    row: dict[str, Any] = {"model": model, "layer": layer, "seed": seed, "setting": name}
+    if name == "best single neurons":
+        found = best_neurons(A.T, text_of, labels, train)
+    else:
+        started = time.perf_counter()
+        factors = snmf_kernels.fit(A[:, train[text_of]], K, seed=seed, **SETTINGS.get(name, {}))
+        row["seconds"] = time.perf_counter() - started
+        score = permuted_labels if name == "permuted labels" else evaluate_features
+        found = score(factors, A.T, text_of, labels, train)
+        scale = 1.0 if factors.neuron_scale is None else factors.neuron_scale[:, None]
+        energy = float((A[:, train[text_of]] / scale).double().square().sum())
+        row |= {
+            "loss": min(factors.loss_history) / energy,
+            "relative_error": factors.relative_error,
+            "n_iter": factors.n_iter,
+            "dead": len(factors.dead_features),
+            "active": float((factors.Y > 0).float().mean()),
+        }
+    return row | {
+        "auroc": found.mean_auroc,
+        "probe": found.mean_probe_accuracy,
+        "above_95": found.share_above(0.95),
+    }
+
+
+def read() -> list[dict[str, Any]]:
+    return json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
+
+
+def run(threads: int) -> None:
+    torch.set_num_threads(threads)
+    rows = read()
+    done = {(row["model"], row["layer"], row["seed"], row["setting"]) for row in rows}
+    versions = {"snmf_kernels": snmf_kernels.__version__, "torch": torch.__version__}
+    # The slow settings last, seed by seed, so that an early stop leaves whole seeds.
+    for names in (
+        [n for n in (*SETTINGS, *CONTROLS) if not n.startswith("paper")],
+        [n for n in SETTINGS if "paper" in n],
+    ):
+        for seed in SEEDS:
+            for model, layer in CASES:
+                for name in names:
+                    if (model, layer, seed, name) in done:
+                        continue
+                    rows.append(measure(model, layer, seed, name))
+                    temporary = RESULTS.with_suffix(".tmp")
+                    temporary.write_text(json.dumps({"versions": versions, "k": K, "rows": rows}, indent=0))
+                    os.replace(temporary, RESULTS)
+                    print(json.dumps(rows[-1]), flush=True)
+
+
+def mean_by_case(rows: list[dict[str, Any]], name: str, key: str) -> list[float]:
+    """Of each case the mean over seeds."""
+    found = []
+    for model, layer in CASES:
+        values = [
+            r[key]
+            for r in rows
+            if (r["model"], r["layer"], r["setting"]) == (model, layer, name) and key in r
+        ]
+        found.append(statistics.mean(values) if values else float("nan"))
+    return found
+
+
+def spread_by_case(rows: list[dict[str, Any]], name: str, key: str) -> list[float]:
+    """Of each case the standard deviation over seeds."""
+    found = []
+    for model, layer in CASES:
+        values = [r[key] for r in rows if (r["model"], r["layer"], r["setting"]) == (model, layer, name)]
+        found.append(statistics.stdev(values) if len(values) > 1 else float("nan"))
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    short = {"smollm2-135m": "SmolLM2", "gemma-3-270m": "Gemma"}
+    heads = [f"{short[model]} {layer}" for model, layer in CASES]
+    lines = [
+        f"k = {K}, 1 % kept, fitted on half of the texts and scored on the other, mean over "
+        f"{len({r['seed'] for r in rows})} seeds. Columns by layer: held-out AUROC ± standard deviation over seeds.",
+        "",
+        f"| setting | {' | '.join(heads)} | mean AUROC | mean probe | share > 0.95 | loss / ‖A‖² | seconds |",
+        "|---|" + "---|" * (len(heads) + 5),
+    ]
+    for name in (*SETTINGS, *CONTROLS):
+        if not any(r["setting"] == name for r in rows):
+            continue
+        cells = [
+            f"{mean:.3f} ± {spread:.3f}"
+            for mean, spread in zip(
+                mean_by_case(rows, name, "auroc"), spread_by_case(rows, name, "auroc"), strict=True
+            )
+        ]
+        for key, digits in (("auroc", 4), ("probe", 4), ("above_95", 3), ("loss", 4), ("seconds", 2)):
+            mean = statistics.mean(mean_by_case(rows, name, key))
+            cells.append("" if mean != mean else f"{mean:.{digits}f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "The loss is that of the (scaled) data that was fitted, so it compares settings of one neuron scale only; "
+        "seconds are for orientation (shared machine, `--threads`).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def figure(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
+    names = [n for n in (*SETTINGS, *CONTROLS) if any(r["setting"] == n for r in rows)]
+    for ax, key, title in (
+        (axes[0], "auroc", "held-out AUROC"),
+        (axes[1], "probe", "one-sparse probe, balanced accuracy"),
+    ):
+        for place, name in enumerate(names):
+            for model, layer in CASES:
+                values = [
+                    r[key] for r in rows if (r["model"], r["layer"], r["setting"]) == (model, layer, name)
+                ]
+                ax.plot(values, [place] * len(values), ".", color="0.7", markersize=4, zorder=1)
+            means = mean_by_case(rows, name, key)
+            ax.plot(means, [place] * len(means), "o", color="tab:blue", markersize=5, zorder=2)
+            ax.plot(
+                statistics.mean(means),
+                place,
+                "|",
+                color="tab:red",
+                markersize=18,
+                markeredgewidth=2.5,
+                zorder=3,
+            )
+        ax.set_title(title)
+        ax.grid(axis="x", alpha=0.4)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    fig.suptitle("grey: one seed and layer · blue: a layer's mean · red: mean over six layers")
+    fig.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["run", "report"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    if arguments.what == "run":
+        run(arguments.threads)
+    rows = read()
+    (HERE / "table.md").write_text(table(rows))
+    figure(rows, HERE / "figure.png")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

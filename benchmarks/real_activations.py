@@ -1,0 +1,28 @@
+"""Activations of both bundled models on the bundled corpus, collected once into a folder that git ignores."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+from torch import Tensor
+
+from snmf_interp import ActivationStore, collect, load_model, read_texts
+
+LAYERS = {"smollm2-135m": (0, 10, 29), "gemma-3-270m": (0, 8, 17)}
+CASES = [(model, layer) for model, layers in LAYERS.items() for layer in layers]
+FOLDER = Path(os.environ.get("SNMF_BENCHMARK_DATA", Path(__file__).parent / "data"))
+
+
+@cache
+def store(model: str) -> ActivationStore:
+    """The activations of a model at its layers in ``LAYERS``: text tokens, sinks left out."""
+    layers = ",".join(map(str, LAYERS[model]))
+    return collect(load_model(model), read_texts("concepts"), layers, out=FOLDER / model)
+
+
+@cache
+def activations(model: str, layer: int) -> Tensor:
+    """``A [d, n]`` in float32, token-major storage."""
+    return store(model).layer(layer).float().T

@@ -1,0 +1,203 @@
+"""Time of a pass of ``fit`` over d, n and k, beside the dense product ``A Yᵀ`` that it cannot do without.
+
+    python benchmarks/scaling/benchmark.py run       # fills results.json; a run that was cut short goes on
+    python benchmarks/scaling/benchmark.py report    # table.md and figure.png
+
+A pass is one iteration in the exploring phase (dense product, least squares, winner-take-all, sweeps over Y, Gram
+matrix): the difference of two fits that differ in ``max_iter``. The floor is ``Y @ A.T`` by torch in the same
+process. Also: the speed of ``Factorization.encode``, and peak memory of ``fit`` in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from published import synthetic_activations
+
+import snmf_kernels
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
+D, N, K = (1024, 4096, 14_336), (5000, 20_000, 80_000), (50, 200, 1000)
+LARGEST = 14_336 * 20_000  # entries of A that leave room on a machine of 24 GB
+PASSES = 3
+MEMORY = [
+    (1536, 14_500, 100),
+    (4096, 20_000, 100),
+    (14_336, 20_000, 200),
+    (1536, 80_000, 400),
+    (1536, 14_500, 400),
+]
+
+
+def seconds(function: Any, repeats: int = 3) -> float:
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def measure(A: torch.Tensor, k: int) -> dict[str, float]:
+    """Seconds of a pass and of the dense product, by turns."""
+    Y = torch.rand(k, A.shape[1])
+
+    def iterate(count: int) -> None:
+        options = {"refit": False, "tol": 0.0, "patience": 1000, "max_iter": count, "init": (None, Y)}
+        snmf_kernels.fit(A, k, **options)
+
+    iterate(1)
+    passes, floors = [], []
+    for _ in range(3):
+        floors.append(seconds(lambda: Y @ A.T, repeats=2))
+        short = seconds(lambda: iterate(1), repeats=1)
+        passes.append((seconds(lambda: iterate(1 + PASSES), repeats=1) - short) / PASSES)
+    return {"pass": statistics.median(passes), "dense_product": statistics.median(floors)}
+
+
+def encode_speed(d: int = 2048, k: int = 100, n: int = 40_000) -> dict[str, float]:
+    A = synthetic_activations(d, n)
+    factors = snmf_kernels.fit(A[:, :10_000], k)
+    spent = seconds(lambda: factors.encode(A))
+    return {
+        "d": d,
+        "k": k,
+        "n": n,
+        "tokens_per_second": n / spent,
+        "kkt_residual": factors.encode(A).kkt_residual,
+    }
+
+
+MEASURE_PEAK = """
+import sys, torch, snmf_kernels
+d, n, k = map(int, sys.argv[1:])
+def kilobytes(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+# Code, thread pools and buffers that do not depend on the problem are there before.
+snmf_kernels.fit(torch.rand(300, 64).T, 5, max_iter=8)
+before = kilobytes("VmRSS")
+A = torch.empty(n, d).normal_().T
+open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+factors = snmf_kernels.fit(A, k)
+print(1024 * (kilobytes("VmHWM") - before), factors.n_iter)
+"""
+
+
+def peak_memory(d: int, n: int, k: int) -> dict[str, float]:
+    """Peak resident memory of a fit, A included, over that of A and Y; Linux only."""
+    printed = subprocess.run(
+        [sys.executable, "-c", MEASURE_PEAK, str(d), str(n), str(k)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    peak = int(printed.split()[0])
+    return {"d": d, "n": n, "k": k, "peak_bytes": peak, "ratio": peak / (4 * n * (d + k))}
+
+
+def run() -> None:
+    stored = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"passes": []}
+    stored |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+
+    def keep() -> None:
+        temporary = RESULTS.with_suffix(".tmp")
+        temporary.write_text(json.dumps(stored, indent=0))
+        os.replace(temporary, RESULTS)
+
+    if "encode" not in stored:
+        stored["encode"] = encode_speed()
+        print(stored["encode"], flush=True)
+    if "memory" not in stored:
+        stored["memory"] = [peak_memory(*case) for case in MEMORY]
+        print(stored["memory"], flush=True)
+    keep()
+    done = {(row["d"], row["n"], row["k"]) for row in stored["passes"]}
+    for d in D:
+        for n in N:
+            if d * n > LARGEST or all((d, n, k) in done for k in K):
+                continue
+            A = synthetic_activations(d, n)
+            for k in K:
+                if (d, n, k) not in done:
+                    stored["passes"].append({"d": d, "n": n, "k": k} | measure(A, k))
+                    print(stored["passes"][-1], flush=True)
+                    keep()
+
+
+def table(stored: dict[str, Any]) -> str:
+    encode = stored["encode"]
+    lines = [
+        f"{stored['threads']} threads, torch {stored['torch']}, float32, token-major synthetic activations, 1 % kept.",
+        "",
+        f"`encode`: {encode['tokens_per_second']:,.0f} tokens a second at d = {encode['d']}, k = {encode['k']}, "
+        f"KKT residual {encode['kkt_residual']:.1e}.",
+        "",
+        "| d | n | k | pass ms | `A Yᵀ` ms | pass / product | pass ns / (n d) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in stored["passes"]:
+        spent, floor = row["pass"], row["dense_product"]
+        sizes = f"{row['d']:,} | {row['n']:,} | {row['k']:,}"
+        times = f"{1e3 * spent:.1f} | {1e3 * floor:.1f} | {spent / floor:.2f}"
+        lines += [f"| {sizes} | {times} | {1e9 * spent / (row['n'] * row['d']):.3f} |"]
+    lines += ["", "| d | n | k | peak of `fit`, A included, MB | over A + Y |", "|---|---|---|---|---|"]
+    for row in stored["memory"]:
+        sizes = f"{row['d']:,} | {row['n']:,} | {row['k']:,}"
+        lines += [f"| {sizes} | {row['peak_bytes'] / 1e6:.0f} | {row['ratio']:.3f} |"]
+    return "\n".join(lines) + "\n"
+
+
+def figure(stored: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for d, marker in zip(D, "o^s", strict=True):
+        for k, colour in zip(K, ("tab:blue", "tab:orange", "tab:green"), strict=True):
+            rows = [r for r in stored["passes"] if (r["d"], r["k"]) == (d, k)]
+            label = f"d = {d:,}, k = {k:,}"
+            left.loglog(
+                [r["n"] for r in rows],
+                [1e3 * r["pass"] for r in rows],
+                marker=marker,
+                color=colour,
+                label=label,
+            )
+            ratio = [r["pass"] / r["dense_product"] for r in rows]
+            right.semilogx([r["n"] for r in rows], ratio, marker=marker, color=colour, label=label)
+    left.set(xlabel="tokens n", ylabel="ms a pass", title="a pass of fit (exploring)")
+    right.axhline(2, color="tab:red", lw=0.8)
+    right.set(
+        xlabel="tokens n", ylabel="pass / dense product A Yᵀ", title="against the floor", ylim=(0, None)
+    )
+    left.legend(fontsize=7)
+    fig.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["run", "report"])
+    if parser.parse_args().what == "run":
+        run()
+    stored = json.loads(RESULTS.read_text())
+    (HERE / "table.md").write_text(table(stored))
+    figure(stored, HERE / "figure.png")
+    print(table(stored))
+
+
+if __name__ == "__main__":
+    main()
