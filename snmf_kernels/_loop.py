@@ -25,11 +25,8 @@ EPS = 1e-6  # the paper's constant in the denominator of the multiplicative upda
 EXPLORE_GAIN, EXPLORE_MOST = 2e-3, 12
 # Sweeps of column descent for each fresh A Yᵀ: they cost nothing in n.
 COLUMN_SWEEPS = 10
-# With refit="late", columns are chosen anew until the loss is this share below what exploring reached: enough to be
-# below the paper's solver, whose optimum exploring comes near, and no more, since every choice drifts towards loud
-# neurons.
-LATE_GAIN = 0.02
-# Iterations on a frozen support for each one that may change it.
+# Iterations on a frozen support for each one that may change it, with refit=True. With "late" only one may change it:
+# each more lowers the loss, and drifts further towards loud neurons.
 FROZEN = 2
 # Coordinate descent leaves tokens alone once a sweep changes them by less than this share.
 SWEEP_TOL = 1e-3
@@ -141,8 +138,9 @@ def paper_iterations(
     data, kernels = problem.data, problem.data.kernels
     best: tuple[SparseColumns, Tensor] | None = None
     spare: Tensor | None = None
+    YYt = data.gram_of_coefficients(Y)
     while monitor.stop_reason is None:
-        AYt, YYt = data.times_coefficients(Y), data.gram_of_coefficients(Y)
+        AYt = data.times_coefficients(Y)
         norms = row_norms(YYt)
         dense = least_squares_(AYt, YYt, problem)
         Z = kernels.winner_take_all(dense.T, problem.count)
@@ -156,8 +154,8 @@ def paper_iterations(
             Z, ZtZ, Y, sweeps, out=target, row_scale=1 / norms, multiplicative=True, eps=EPS
         )
         spare, Y = (Y if target is not Y else spare), target
-        loss = problem.objective(result, ZtZ, data.gram_of_coefficients(Y))
-        if monitor.add(loss):
+        YYt = data.gram_of_coefficients(Y)
+        if monitor.add(problem.objective(result, ZtZ, YYt)):
             if best is not None and best[1] is not Y:
                 spare = best[1]
             best = (Z, Y)
@@ -240,39 +238,31 @@ class _Schedule:
 
     def __init__(self, refit: bool | str, monitor: Monitor) -> None:
         self._refit, self._monitor = refit, monitor
-        self._explored = self._frozen = 0
-        # The loss that has to be reached by choosing anew before the support stays as it is.
-        self._target: float | None = None
+        self._explored = self._chosen = self._frozen = 0
 
     def next(self, may_freeze: bool) -> str:
         """``"explore"``, ``"choose"`` or ``"frozen"``."""
         if self._explores():
             self._explored += 1
             return "explore"
-        if self._target is None:
-            self._monitor.restart_patience()
-            self._target = self._monitor.best * (1 - LATE_GAIN) if self._refit == "late" else -math.inf
-        elif may_freeze and self._freezes:
+        if may_freeze and self.may_freeze:
             self._frozen += 1
             return "frozen"
+        if not self._chosen:
+            self._monitor.restart_patience()
+        self._chosen += 1
         self._frozen = 0
         return "choose"
 
     @property
     def may_freeze(self) -> bool:
-        """Whether the step after the coming pass may be a frozen one."""
-        return self._target is not None and (self._freezes or self._refit == "late")
-
-    @property
-    def _freezes(self) -> bool:
-        """Whether the support may stay as it is; for good, once choosing has reached its target."""
-        assert self._target is not None
-        return self._frozen < FROZEN or self._monitor.best <= self._target
+        """Whether the step after the coming pass may be a frozen one; with ``"late"``, all after the first choice."""
+        return self._chosen > 0 and (self._refit == "late" or self._frozen < FROZEN)
 
     def _explores(self) -> bool:
         if self._refit is False or not self._explored:
             return True
-        if self._refit is True or self._target is not None:
+        if self._refit is True or self._chosen:
             return False
         return self._explored < EXPLORE_MOST and self._monitor.gain >= EXPLORE_GAIN
 
