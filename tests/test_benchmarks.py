@@ -40,3 +40,35 @@ def test_gpu_report_runs(tmp_path):
     assert set(report["stages"]) == {"floors", "update", "select", "solve", "fit", "tune"}
     assert all(rows for rows in report["stages"].values())
     assert all(row["equal"] for row in report["stages"]["select"])
+
+
+@pytest.mark.parametrize(
+    "script", ["defaults/experiment.py", "time_to_loss/benchmark.py", "scaling/benchmark.py"]
+)
+def test_experiments_say_how_they_are_run(script):
+    printed = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), "--help"], capture_output=True, text=True, check=True
+    )
+    assert "report" in printed.stdout
+
+
+def test_time_to_loss_counts_what_it_says():
+    sys.path.insert(0, str(BENCHMARKS / "time_to_loss"))
+    try:
+        from benchmark import compare
+    finally:
+        sys.path.pop(0)
+    # The loop is best at its third of five iterations, of two seconds each; fit gets there after half a second.
+    measured = {
+        "seconds_per_published_iteration": 2.0,
+        "seconds": [0.25, 0.5, 0.75],
+        "losses": [9.0, 6.0, 4.5],
+    }
+    found = compare([10.0, 8.0, 6.0, 7.0, 6.5], measured)
+    assert found == {
+        "fit_seconds": 0.5,
+        "published_seconds": 10.0,
+        "first": 12.0,
+        "whole": 20.0,
+        "final": 0.75,
+    }
