@@ -1,4 +1,4 @@
-"""Peak memory of ``fit``, in a process of its own: resident memory, since allocations of torch and MKL are not Python's."""
+"""Peak memory of ``fit``, in a process of its own: resident, since allocations of torch and MKL are not Python's."""
 
 from __future__ import annotations
 
