@@ -25,8 +25,11 @@ EPS = 1e-6  # the paper's constant in the denominator of the multiplicative upda
 EXPLORE_GAIN, EXPLORE_MOST = 2e-3, 12
 # Sweeps of column descent for each fresh A Yᵀ: they cost nothing in n.
 COLUMN_SWEEPS = 10
-# Iterations on a frozen support for each one that may change it, with refit=True. With "late" only one may change it:
-# each more lowers the loss, and drifts further towards loud neurons.
+# With refit="late", columns are chosen anew only until the loss is this share below what exploring reached: enough to
+# be below the paper's solver, whose optimum exploring comes near, and no more, since every choice drifts towards loud
+# neurons.
+LATE_GAIN = 0.025
+# Iterations on a frozen support for each one that may change it.
 FROZEN = 2
 # Coordinate descent leaves tokens alone once a sweep changes them by less than this share.
 SWEEP_TOL = 1e-3
@@ -238,31 +241,33 @@ class _Schedule:
 
     def __init__(self, refit: bool | str, monitor: Monitor) -> None:
         self._refit, self._monitor = refit, monitor
-        self._explored = self._chosen = self._frozen = 0
+        self._explored = self._frozen = 0
+        # The loss below which the support stays as it is, once exploring is over.
+        self._target: float | None = None
 
     def next(self, may_freeze: bool) -> str:
         """``"explore"``, ``"choose"`` or ``"frozen"``."""
         if self._explores():
             self._explored += 1
             return "explore"
-        if may_freeze and self.may_freeze:
+        if self._target is None:
+            self._monitor.restart_patience()
+            self._target = self._monitor.best * (1 - LATE_GAIN) if self._refit == "late" else -math.inf
+        elif may_freeze and (self._frozen < FROZEN or self._monitor.best <= self._target):
             self._frozen += 1
             return "frozen"
-        if not self._chosen:
-            self._monitor.restart_patience()
-        self._chosen += 1
         self._frozen = 0
         return "choose"
 
     @property
     def may_freeze(self) -> bool:
-        """Whether the step after the coming pass may be a frozen one; with ``"late"``, all after the first choice."""
-        return self._chosen > 0 and (self._refit == "late" or self._frozen < FROZEN)
+        """Whether the step after the coming pass may be a frozen one."""
+        return self._target is not None and (self._frozen < FROZEN or self._refit == "late")
 
     def _explores(self) -> bool:
         if self._refit is False or not self._explored:
             return True
-        if self._refit is True or self._chosen:
+        if self._refit is True or self._target is not None:
             return False
         return self._explored < EXPLORE_MOST and self._monitor.gain >= EXPLORE_GAIN
 

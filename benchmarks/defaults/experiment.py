@@ -89,10 +89,9 @@ def run(threads: int) -> None:
     done = {(row["model"], row["layer"], row["seed"], row["setting"]) for row in rows}
     versions = {"snmf_kernels": snmf_kernels.__version__, "torch": torch.__version__}
     # The slow settings last, seed by seed, so that an early stop leaves whole seeds.
-    for names in (
-        [n for n in (*SETTINGS, *CONTROLS) if not n.startswith("paper")],
-        [n for n in SETTINGS if "paper" in n],
-    ):
+    paper = [name for name in SETTINGS if name.startswith("paper")]
+    quick = [name for name in (*SETTINGS, *CONTROLS) if name not in paper]
+    for names in (quick, *([name] for name in reversed(paper))):
         for seed in SEEDS:
             for model, layer in CASES:
                 for name in names:
