@@ -157,8 +157,8 @@ def fit(
         keep: fraction of neurons that a feature keeps.
         solver: ``"auto"`` or ``"mu"``. The latter's 1e-6 in step 4 is absolute, so entries of A should not be much
             below 0.01 (or use ``neuron_scale``).
-        refit: ``"auto"`` only. ``"late"`` (default): as above, supports chosen anew after exploring, once or twice, until
-            the loss is 2.5 % below what exploring reached. True: again and again, from the second iteration on: a
+        refit: ``"auto"`` only. ``"late"`` (default): as above, supports chosen anew after exploring, once or twice,
+            until the loss is 2.5 % below what exploring reached. True: again and again, from the second iteration on: a
             smaller loss, but features that follow loud neurons. False: steps 1 and 2 throughout, at a loss like the
             paper's; its features detect concepts a little better still.
         sweeps: over Y in an iteration. Default: 10, and 1 for ``"mu"``.

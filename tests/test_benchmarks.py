@@ -58,17 +58,18 @@ def test_time_to_loss_counts_what_it_says():
         from benchmark import compare
     finally:
         sys.path.pop(0)
-    # The loop is best at its third of five iterations, of two seconds each; fit gets there after half a second.
+    # The loop is best at its third of five iterations, of two seconds each; fit gets there after half a second. Within
+    # 1 % are the loop's second and fit's first.
     measured = {
         "seconds_per_published_iteration": 2.0,
         "seconds": [0.25, 0.5, 0.75],
-        "losses": [9.0, 6.0, 4.5],
+        "losses": [6.05, 6.0, 4.5],
     }
-    found = compare([10.0, 8.0, 6.0, 7.0, 6.5], measured)
-    assert found == {
+    assert compare([10.0, 6.04, 6.0, 7.0, 6.5], measured) == {
         "fit_seconds": 0.5,
         "published_seconds": 10.0,
         "first": 12.0,
         "whole": 20.0,
+        "near": 16.0,
         "final": 0.75,
     }
