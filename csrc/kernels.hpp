@@ -80,7 +80,7 @@ struct PassArgs {
     const T* token_weights;  // [n], weights of the tokens in AYt and sums[0]
     T* AYt;                  // [k, count]: A Yᵀ of the new Y at the kept entries
     const T* feature_norms;  // [k], read if max_active > 0: contribution of a feature to a token is norm * y
-    int64_t max_active;      // at most so many features to a token; 0: any number
+    int64_t max_active;      // at most so many features to a token, then sweeps over those alone; 0: any number
     const T* residual_values;  // [k, count], Z in the units of A, to measure the residual with
     double* sums;    // [6], see Sum
     T eps;           // multiplicative update only

@@ -181,6 +181,7 @@ def fast_iterations(
     steps = _Schedule(refit, monitor)
     Z: SparseColumns | None = None  # free features
     best_Z: SparseColumns | None = None
+    best_Y: Tensor | None = None
     kept: Tensor | None = None
     YYt = data.gram_of_coefficients(Y)
     while monitor.stop_reason is None:
@@ -226,11 +227,15 @@ def fast_iterations(
         YYt = data.gram_of_coefficients(Y)
         if monitor.add(problem.objective(result, ZtZ, YYt)):
             best_Z = Z
+            if problem.max_active:
+                # Which features a token uses cannot be found again from Z, as the optimum over all of them can.
+                best_Y = Y.clone() if best_Y is None else best_Y.copy_(Y)
     assert best_Z is not None
     features = problem.all_features(best_Z)
     ZtZ = problem.gram(features)
+    Y, final_sweeps = (Y, FINAL_SWEEPS) if best_Y is None else (best_Y, 0)
     result = problem.update_coefficients(
-        features, ZtZ, Y, FINAL_SWEEPS, out=Y, tol=FINAL_TOL, measure=True, residual=True
+        features, ZtZ, Y, final_sweeps, out=Y, tol=FINAL_TOL, measure=True, residual=True
     )
     monitor.add_final(problem.objective(result, ZtZ, data.gram_of_coefficients(Y)))
     return features, Y, result

@@ -10,6 +10,7 @@ import math
 import os
 import secrets
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -231,11 +232,11 @@ class Factorization:
             features = features.scaled_rows(1 / scale)
         problem = Problem(
             data,
-            count=features.indices.shape[1],
+            count=kept_count(self.options["keep"], data.d),
             ridge=self.options.get("ridge", 0.0),
             threshold=self.options.get("l1_threshold", 0.0),
             l2=self.options.get("l2", 0.0),
-            max_active=self.options.get("max_active") or 0,
+            max_active=most if (most := self.options.get("max_active") or 0) < self.k else 0,
         )
         return problem, features
 
@@ -342,6 +343,11 @@ def sparse_features(Z: Tensor) -> SparseColumns:
     count = max(1, int((Z != 0).sum(0).max()))
     select = _backends.choose("winner_take_all", Z.device, Z.dtype).function
     return select(Z, count)
+
+
+def kept_count(keep: float, d: int) -> int:
+    """``ceil(keep·d)`` of the decimal fraction that was written: 0.07 of 100 neurons is 7, not 8."""
+    return math.ceil(Fraction(repr(keep)) * d)
 
 
 def check_weights(token_weights: Any, matrix: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -81,15 +81,19 @@ def kmeans_init(data: DataMatrix, k: int, generator: torch.Generator) -> Tensor:
 def kmeans_centroids(
     data: DataMatrix, k: int, generator: torch.Generator, max_iter: int = KMEANS_ITERATIONS
 ) -> Tensor:
-    """Unit centroids ``[d, min(k, n)]`` of spherical k-means (Dhillon & Modha 2001) on a random sample of the tokens.
+    """Unit centroids ``[d, k]`` of spherical k-means (Dhillon & Modha 2001) on a random sample of the tokens.
 
-    The sample has 10 tokens a cluster, at least 2,000. The seeds are drawn by squared distance (k-means++, Arthur &
-    Vassilvitskii 2007) among two tokens a cluster, at least 500; a few iterations follow. An empty cluster restarts at
-    the sampled token that is farthest from its centroid.
+    Fewer than k where fewer tokens have a weight above 0. The sample has 10 tokens a cluster, at least 2,000. The seeds
+    are drawn by squared distance (k-means++, Arthur & Vassilvitskii 2007) among two tokens a cluster, at least 500; a
+    few iterations follow. An empty cluster restarts at the sampled token that is farthest from its centroid.
     """
-    clusters = min(k, data.n)
-    size = min(data.n, max(_LEAST_SAMPLE, _SAMPLE_PER_CLUSTER * clusters))
-    sample = torch.randperm(data.n, generator=generator, device="cpu")[:size].to(data.device)
+    sample = torch.randperm(data.n, generator=generator, device="cpu").to(data.device)
+    if data.token_weights is not None:
+        # Tokens of weight 0 take no part, in random order still.
+        sample = sample[data.token_weights[sample] > 0]
+    clusters = min(k, len(sample))
+    sample = sample[: max(_LEAST_SAMPLE, _SAMPLE_PER_CLUSTER * clusters)]
+    size = len(sample)
     candidates = sample[: max(_LEAST_CANDIDATES, _CANDIDATES_PER_CLUSTER * clusters)]
     width = max(16, _PART_ELEMENTS // data.d)
     seeds = _seeds(data, candidates.split(width), clusters, generator)

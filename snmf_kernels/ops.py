@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 
 from . import _backends
-from .sparse import SparseColumns
+from .sparse import PassResult, SparseColumns, Supports
 
-__all__ = ["coordinate_descent", "multiplicative_update", "ridge_solve", "sparse_product", "winner_take_all"]
+__all__ = [
+    "coefficient_pass",
+    "column_descent",
+    "coordinate_descent",
+    "multiplicative_update",
+    "ridge_solve",
+    "sparse_product",
+    "support_solve",
+    "winner_take_all",
+]
 
 _WORKING = (torch.float32, torch.float64)
 _READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -82,17 +91,155 @@ def sparse_product(Z: SparseColumns, A: Tensor, *, backend: str = "auto") -> Ten
         A: activations ``[d, n]``, any strides, float16, bfloat16, float32 or float64.
         backend: ``"auto"``, ``"cpp"`` or ``"torch"``.
     """
-    _check_matrix("A", A, _READABLE)
-    _check_matrix("Z.values", Z.values, _WORKING)
-    if A.shape[0] != Z.d:
-        raise ValueError(f"A: wanted {Z.d} rows (neurons), as Z has, got shape {tuple(A.shape)}")
-    if A.device != Z.values.device:
-        raise ValueError(f"A: wanted a tensor on {Z.values.device}, where Z is, got {A.device}")
-    if Z.indices.numel():
-        lowest, highest = int(Z.indices.min()), int(Z.indices.max())
-        if lowest < 0 or highest >= Z.d:
-            raise ValueError(f"Z.indices: wanted rows from 0 to {Z.d - 1}, got {lowest} to {highest}")
+    _check_features(Z)
+    _check_activations(A, Z)
     return _sparse_product(Z.indices, Z.values, A, backend)
+
+
+def coefficient_pass(
+    Y: Tensor,
+    Z: SparseColumns,
+    A: Tensor,
+    ZtZ: Tensor,
+    *,
+    sweeps: int = 1,
+    multiplicative: bool = False,
+    eps: float = 1e-6,
+    tol: float = 0.0,
+    shift: Tensor | None = None,
+    max_active: int = 0,
+    token_weights: Tensor | None = None,
+    kept_products: bool = False,
+    measure: bool = False,
+    residual: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, PassResult]:
+    """Sweeps over the coefficients for fixed features in one pass over the activations: the step for Y of ``fit``.
+
+    Minimises ``‖A − Z Y‖² + 2 Σ_it shift_i y_it`` over ``Y >= 0``. Equivalent to
+    ``coordinate_descent(Y, sparse_product(Z, A) - shift[:, None], ZtZ, sweeps=sweeps)``, but neither ZtA ``[k, n]``
+    nor a second Y exists as a whole on the way, and whatever else needs A is done while a tile of it is in cache.
+
+    Args:
+        Y: coefficients ``[k, n]``, non-negative, float32 or float64.
+        Z: features, as :func:`winner_take_all` gives them, in the dtype of Y.
+        A: activations ``[d, n]``, any strides, float16, bfloat16, float32 or float64.
+        ZtZ: ``ZᵀZ [k, k]``; its diagonal times ``1 + l2`` for a penalty ``l2 Σ (‖z_i‖ y_it)²``.
+        sweeps: number of sweeps; 0 only measures.
+        multiplicative: sweep as :func:`multiplicative_update` does, with this ``eps``.
+        tol: coordinate descent leaves a block of tokens alone once a sweep changes it by less than ``tol ‖Y‖``.
+        shift: ``[k]``, non-negative: half of a linear penalty on the rows of Y.
+        max_active: keep of each token the so many features of largest ``‖z_i‖ y_it``, of equal ones the lower
+            features, and sweep again over those. 0: any number.
+        token_weights: ``[n]``: the weights of the tokens in the sums of the result. They do not change Y, since
+            each token's optimum is its own.
+        kept_products: whether ``AYt``, the entries of ``A diag(token_weights) Yᵀ`` where Z keeps some, is wanted.
+        measure: whether ``violation``, the distance from the optimality conditions, is wanted.
+        residual: whether ``residual`` and ``data``, ``‖A − Z Y‖²`` and ``‖A‖²``, are wanted.
+        backend: ``"auto"``, ``"cpp"`` or ``"torch"``.
+
+    Returns:
+        The new coefficients ``[k, n]``, the arguments being left as they are, and a
+        :class:`~snmf_kernels.sparse.PassResult`.
+    """
+    _check_features(Z)
+    _check_activations(A, Z)
+    _check_matrix("Y", Y, _WORKING)
+    k, n = Z.k, A.shape[1]
+    _check_partner("Y", Y, (k, n), Z.values, "Z and A")
+    _check_partner("ZtZ", ZtZ, (k, k), Y, "Y")
+    if shift is not None:
+        _check_partner("shift", shift, (k,), Y, "Y")
+        # The compiled kernels take unused lanes, whose coefficients are zero, along.
+        if not bool((shift >= 0).all()):
+            raise ValueError(f"shift: wanted numbers >= 0, got {float(shift.min())}")
+    if token_weights is not None:
+        _check_partner("token_weights", token_weights, (n,), Y, "Y")
+    for name, value in (("eps", eps), ("tol", tol), ("sweeps", sweeps), ("max_active", max_active)):
+        if not value >= 0:
+            raise ValueError(f"{name}: wanted a number >= 0, got {value}")
+    if measure and multiplicative:
+        raise ValueError("measure: wanted False with multiplicative sweeps; measure with a pass of 0 sweeps")
+    out, AYt, sums = _coefficient_pass(
+        Y, Z.indices, Z.values, A, ZtZ, sweeps, multiplicative, eps, tol, shift, max_active, token_weights,
+        kept_products, measure, residual, backend,
+    )  # fmt: skip
+    dot, violation, squared_norm, squared_residual, data, most_sweeps = sums.tolist()
+    kept = AYt if kept_products else None
+    return out, PassResult(kept, dot, violation, squared_norm, squared_residual, data, int(most_sweeps))
+
+
+def column_descent(
+    Z: SparseColumns, AYt: Tensor, YYt: Tensor, *, sweeps: int = 1, backend: str = "auto"
+) -> SparseColumns:
+    """Sweeps over the columns of sparse features for fixed coefficients, support and values; never raises the loss.
+
+    Each column in turn becomes the exact minimiser of ``‖A − Z Y‖²`` over all columns with as many entries.
+    Equivalent to, for each feature i in turn with ``YYt[i, i] > 0``,
+    ``Z[:, i] = winner_take_all(Z[:, i] + (AYt[i] - Z @ YYt[i]) / YYt[i, i], count)``.
+
+    Args:
+        Z: features, as :func:`winner_take_all` gives them, float32 or float64.
+        AYt: ``(A Yᵀ)ᵀ [k, d]`` in the dtype of Z.
+        YYt: ``Y Yᵀ [k, k]``.
+        sweeps: number of sweeps.
+        backend: ``"auto"``, ``"cpp"`` or ``"torch"``.
+
+    Returns:
+        The new features; the arguments are left as they are.
+    """
+    _check_features(Z)
+    if not 1 <= Z.indices.shape[1] <= Z.d:
+        raise ValueError(f"Z: wanted 1 to d = {Z.d} kept entries in each column, got {Z.indices.shape[1]}")
+    _check_partner("AYt", AYt, (Z.k, Z.d), Z.values, "Z")
+    _check_partner("YYt", YYt, (Z.k, Z.k), Z.values, "Z")
+    _check_sweeps(sweeps)
+    indices, values = _column_descent(Z.indices, Z.values, Z.d, AYt, YYt, sweeps, backend)
+    return SparseColumns(indices, values, Z.d)
+
+
+def support_solve(
+    G: Tensor, supports: Supports, B: Tensor, *, ridge: float = 1e-6, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Solves ``(G[S, S] + ridge I) x = b`` for each neuron on its support S: least squares for fixed supports.
+
+    With ``supports, order = Z.supports()``, ``G = Y Yᵀ`` and ``B = Z.gather(AYt).flatten()[order]`` the result are the
+    best values of the kept entries of Z, in that order. Equivalent to, for each neuron r with
+    ``r_th = slice(offsets[r], offsets[r + 1])`` and ``S = members[r_th]``,
+    ``X[r_th] = torch.linalg.solve(G[S][:, S] + ridge * torch.eye(len(S)), B[r_th])``.
+
+    Args:
+        G: ``[k, k]``, symmetric, float32 or float64.
+        supports: the features of each of d neurons, as ``SparseColumns.supports`` gives them.
+        B: right-hand sides in the order of ``supports.members``, in the dtype of G.
+        ridge: added to the diagonal.
+        backend: ``"auto"``, ``"cpp"`` or ``"torch"``.
+
+    Returns:
+        X in the order of ``supports.members`` and ``info [d]`` (int32), as of :func:`ridge_solve`: where a neuron's
+        info is not 0, its system is not positive definite in this precision, and its part of X is NaN.
+    """
+    _check_matrix("G", G, _WORKING)
+    k = G.shape[1]
+    if len(G) != k:
+        raise ValueError(f"G: wanted a square matrix, got shape {tuple(G.shape)}")
+    offsets, members = supports.offsets, supports.members
+    for name, tensor, shape in (("offsets", offsets, (supports.d + 1,)), ("members", members, B.shape[:1])):
+        if tensor.shape != shape or tensor.dtype != torch.int64 or tensor.device != G.device:
+            raise ValueError(
+                f"supports.{name}: wanted shape {tuple(shape)} in torch.int64 on {G.device}, "
+                f"got {tuple(tensor.shape)} in {tensor.dtype} on {tensor.device}"
+            )
+    _check_partner("B", B, (len(members),), G, "G and supports")
+    if int(offsets[0]) != 0 or int(offsets[-1]) != len(members) or bool((offsets.diff() < 0).any()):
+        raise ValueError(f"supports.offsets: wanted ascending numbers from 0 to {len(members)}")
+    if len(members) and not 0 <= int(members.min()) <= int(members.max()) < k:
+        raise ValueError(
+            f"supports.members: wanted features from 0 to {k - 1}, got {int(members.min())} to {int(members.max())}"
+        )
+    if not ridge >= 0:
+        raise ValueError(f"ridge: wanted a number >= 0, got {ridge}")
+    return _support_solve(G, offsets, members, B, ridge, backend)
 
 
 def ridge_solve(G: Tensor, B: Tensor, *, ridge: float = 1e-6, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -139,14 +286,39 @@ def _check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) ->
 def _check_coefficients(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, sweeps: int) -> None:
     _check_matrix("Y", Y, _WORKING)
     k, n = Y.shape
-    for name, tensor, shape in (("ZtA", ZtA, (k, n)), ("ZtZ", ZtZ, (k, k))):
-        if tensor.shape != shape or tensor.dtype != Y.dtype or tensor.device != Y.device:
-            raise ValueError(
-                f"{name}: wanted shape {shape} in {Y.dtype} on {Y.device} to go with Y, "
-                f"got {tuple(tensor.shape)} in {tensor.dtype} on {tensor.device}"
-            )
+    _check_partner("ZtA", ZtA, (k, n), Y, "Y")
+    _check_partner("ZtZ", ZtZ, (k, k), Y, "Y")
+    _check_sweeps(sweeps)
+
+
+def _check_partner(name: str, tensor: Tensor, shape: tuple[int, ...], other: Tensor, whose: str) -> None:
+    """Raises unless ``tensor`` has this shape, and dtype and device of the ``other``."""
+    if tensor.shape != shape or tensor.dtype != other.dtype or tensor.device != other.device:
+        raise ValueError(
+            f"{name}: wanted shape {shape} in {other.dtype} on {other.device} to go with {whose}, "
+            f"got {tuple(tensor.shape)} in {tensor.dtype} on {tensor.device}"
+        )
+
+
+def _check_sweeps(sweeps: int) -> None:
     if sweeps < 1:
         raise ValueError(f"sweeps: wanted at least 1, got {sweeps}")
+
+
+def _check_features(Z: SparseColumns) -> None:
+    _check_matrix("Z.values", Z.values, _WORKING)
+    if Z.indices.numel():
+        lowest, highest = int(Z.indices.min()), int(Z.indices.max())
+        if lowest < 0 or highest >= Z.d:
+            raise ValueError(f"Z.indices: wanted rows from 0 to {Z.d - 1}, got {lowest} to {highest}")
+
+
+def _check_activations(A: Tensor, Z: SparseColumns) -> None:
+    _check_matrix("A", A, _READABLE)
+    if A.shape[0] != Z.d:
+        raise ValueError(f"A: wanted {Z.d} rows (neurons), as Z has, got shape {tuple(A.shape)}")
+    if A.device != Z.values.device:
+        raise ValueError(f"A: wanted a tensor on {Z.values.device}, where Z is, got {A.device}")
 
 
 @torch.library.custom_op("snmf_kernels::multiplicative_update", mutates_args=())
@@ -175,6 +347,67 @@ def _sparse_product(indices: Tensor, values: Tensor, A: Tensor, backend: str) ->
     return function(SparseColumns(indices, values, A.shape[0]), A)
 
 
+@torch.library.custom_op("snmf_kernels::coefficient_pass", mutates_args=())
+def _coefficient_pass(
+    Y: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    A: Tensor,
+    ZtZ: Tensor,
+    sweeps: int,
+    multiplicative: bool,
+    eps: float,
+    tol: float,
+    shift: Tensor | None,
+    max_active: int,
+    token_weights: Tensor | None,
+    kept_products: bool,
+    measure: bool,
+    residual: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    function = _backends.choose("coefficient_pass", Y.device, Y.dtype, backend).function
+    out = torch.empty(Y.shape, dtype=Y.dtype, device=Y.device)
+    AYt, *sums = function(
+        Y,
+        SparseColumns(indices, values, A.shape[0]),
+        A,
+        ZtZ,
+        sweeps,
+        out=out,
+        multiplicative=multiplicative,
+        eps=eps,
+        tol=tol,
+        shift=shift,
+        feature_norms=torch.diagonal(ZtZ).clamp(min=0).sqrt(),
+        max_active=max_active,
+        token_weights=token_weights,
+        residual_values=values if residual else None,
+        kept_products=kept_products,
+        measure=measure,
+    )
+    # Sums are taken to the host anyway.
+    totals = torch.tensor(sums, dtype=torch.float64, device="cpu")
+    return out, values.new_zeros(0, 0) if AYt is None else AYt, totals
+
+
+@torch.library.custom_op("snmf_kernels::column_descent", mutates_args=())
+def _column_descent(
+    indices: Tensor, values: Tensor, d: int, AYt: Tensor, YYt: Tensor, sweeps: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    function = _backends.choose("column_descent", values.device, values.dtype, backend).function
+    Z = function(SparseColumns(indices, values, d), AYt, YYt, sweeps)
+    return Z.indices, Z.values
+
+
+@torch.library.custom_op("snmf_kernels::support_solve", mutates_args=())
+def _support_solve(
+    G: Tensor, offsets: Tensor, members: Tensor, B: Tensor, ridge: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    function = _backends.choose("support_solve", B.device, B.dtype, backend).function
+    return function(G, Supports(offsets.contiguous(), members.contiguous(), len(offsets) - 1), B, ridge)
+
+
 @torch.library.custom_op("snmf_kernels::ridge_solve", mutates_args=())
 def _ridge_solve(G: Tensor, B: Tensor, ridge: float, backend: str) -> tuple[Tensor, Tensor]:
     function = _backends.choose("ridge_solve", B.device, B.dtype, backend, k=B.shape[1]).function
@@ -200,6 +433,43 @@ def _(Z: Tensor, count: int, backend: str) -> tuple[Tensor, Tensor]:
 @_sparse_product.register_fake
 def _(indices: Tensor, values: Tensor, A: Tensor, backend: str) -> Tensor:
     return values.new_empty((values.shape[0], A.shape[1]))
+
+
+@_coefficient_pass.register_fake
+def _(
+    Y: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    A: Tensor,
+    ZtZ: Tensor,
+    sweeps: int,
+    multiplicative: bool,
+    eps: float,
+    tol: float,
+    shift: Tensor | None,
+    max_active: int,
+    token_weights: Tensor | None,
+    kept_products: bool,
+    measure: bool,
+    residual: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    AYt = values.new_empty(values.shape if kept_products else (0, 0))
+    return Y.new_empty(Y.shape), AYt, torch.empty(6, dtype=torch.float64, device="cpu")
+
+
+@_column_descent.register_fake
+def _(
+    indices: Tensor, values: Tensor, d: int, AYt: Tensor, YYt: Tensor, sweeps: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    return indices.new_empty(indices.shape), values.new_empty(values.shape)
+
+
+@_support_solve.register_fake
+def _(
+    G: Tensor, offsets: Tensor, members: Tensor, B: Tensor, ridge: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    return B.new_empty(B.shape), B.new_empty((offsets.shape[0] - 1,), dtype=torch.int32)
 
 
 @_ridge_solve.register_fake

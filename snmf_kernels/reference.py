@@ -18,8 +18,6 @@ from .sparse import PassResult, SparseColumns, Supports
 
 # Elements of A that a pass handles at a time.
 _BLOCK_ELEMENTS = 1 << 20
-# ZtA of a feature that a token may not use: far below whatever would make its coefficient positive.
-_NEVER = -1e30
 
 
 def multiplicative_update(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, eps: float = 1e-6, sweeps: int = 1) -> Tensor:
@@ -99,7 +97,8 @@ def coefficient_pass(
         row_scale: ``[k]``, multiplies the rows of Y first.
         shift: ``[k]``, subtracted from the rows of ZtA: half of a linear penalty on Y.
         feature_norms, max_active: after the sweeps keep of each token the ``max_active`` features of largest
-            ``feature_norms[i] * Y[i, t]``, of equal ones the lower features, and sweep again over those. 0: all.
+            ``feature_norms[i] * Y[i, t]`` that are positive, of equal ones the lower features, and sweep again over
+            those. 0: all.
         token_weights: ``[n]``, weights of the tokens in ``AYt`` and ``dot``.
         residual_values: ``[k, count]``, the kept entries of Z in the units of A (where Z and A are scaled apart): the
             residual is measured with them.
@@ -156,9 +155,13 @@ def composed_pass(
         for round_ in range(rounds):
             if round_:
                 assert feature_norms is not None
-                order = (feature_norms[:, None] * y).sort(dim=0, descending=True, stable=True).indices
-                dropped = order[max_active:]
-                y, p = y.scatter(0, dropped, 0), p.scatter(0, dropped, _NEVER)
+                contributions = feature_norms[:, None] * y
+                order = contributions.sort(dim=0, descending=True, stable=True).indices
+                y = y.scatter(0, order[max_active:], 0)
+                # NaN counts as used, so that it stays to be seen.
+                used = ~((y <= 0) | (contributions <= 0))
+                # Below whatever ZtA would make a coefficient positive, and yet no infinity.
+                y, p = torch.where(used, y, 0), torch.where(used, p, -torch.finfo(p.dtype).max / 4)
             if multiplicative:
                 y = update(y, p, ZtZ, eps, sweeps)
                 continue

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from . import _backends, _checks, _loop
 from ._data import DataMatrix, as_matrix, full_precision, relative
 from ._loop import Callback, IterationState, Monitor
 from ._problem import Problem
-from .factorization import Factorization, check_weights, sparse_features
+from .factorization import Factorization, check_weights, kept_count, sparse_features
 from .init import FLOOR, INITS, kmeans_centroids
 from .sparse import PassResult, SparseColumns
 
@@ -210,7 +209,7 @@ def fit(
         k=_checks.integer("k", k, 1),
         keep=_checks.number("keep", keep),
         solver=solver,
-        refit=default["refit"] if refit is None else refit,
+        refit=default["refit"] if refit is None else _plain(refit),
         sweeps=default["sweeps"] if sweeps is None else _checks.integer("sweeps", sweeps, 1),
         init=init if isinstance(init, str) else "given",
         neuron_scale=default["neuron_scale"] if neuron_scale == "auto" else neuron_scale,
@@ -240,7 +239,8 @@ def fit(
             options.ridge,
             threshold=options.l1 * math.sqrt(squared_norm / data.total_weight),
             l2=options.l2,
-            max_active=options.max_active or 0,
+            # As many as there are is no bound.
+            max_active=options.max_active if options.max_active and options.max_active < k else 0,
             fixed=None if fixed_features is None else _fixed(fixed_features, data),
         )
         Y = _start(problem, init, options)
@@ -255,9 +255,9 @@ def fit(
         return _result(problem, Z, Y, measured, monitor, options, as_numpy=isinstance(A, np.ndarray))
 
 
-def kept_count(keep: float, d: int) -> int:
-    """``ceil(keep·d)`` of the decimal fraction that was written: 0.07 of 100 neurons is 7, not 8."""
-    return math.ceil(Fraction(repr(keep)) * d)
+def _plain(value: Any) -> Any:
+    """numpy's booleans as Python's."""
+    return bool(value) if isinstance(value, np.bool_) else value
 
 
 def _fixed(features: Tensor, data: DataMatrix) -> SparseColumns:
@@ -302,9 +302,11 @@ def _start(problem: Problem, init: str | tuple[Any, Any], options: Options) -> T
 def _drawn_start(problem: Problem, init: str, options: Options) -> Tensor:
     data, free = problem.data, options.k - problem.n_fixed
     generator = torch.Generator().manual_seed(options.seed)
-    if init == "kmeans" and options.solver != "mu" and free <= data.n:
+    centroids = (
+        kmeans_centroids(data, free, generator) if init == "kmeans" and options.solver != "mu" else None
+    )
+    if centroids is not None and centroids.shape[1] == free:
         # Winner-take-all of the centroids and their coefficients take one sparse pass, and are nearer than memberships.
-        centroids = kmeans_centroids(data, free, generator)
         Z = problem.all_features(data.kernels.winner_take_all(centroids, problem.count))
         Y = torch.zeros(options.k, data.n, dtype=data.dtype, device=data.device)
         problem.update_coefficients(Z, problem.gram(Z), Y, options.sweeps, out=Y)

@@ -845,7 +845,8 @@ class Suite {
                     const double band = c.exact ? 0 : 20 * tolerance<T>;
                     const auto stay = largest(contributions, c.max_active, band, &answer.close);
                     for (int64_t i = 0; i < k; ++i)
-                        if (!std::binary_search(stay.begin(), stay.end(), i)) y[i] = 0, p[i] = -1e30;
+                        if (!std::binary_search(stay.begin(), stay.end(), i) || !(contributions[i] > 0))
+                            y[i] = 0, p[i] = -1e30;
                 }
                 for (int sweep = 0; sweep < sweeps; ++sweep)
                     update_token(c.multiplicative, y.data(), p.data(), q, k, eps);
