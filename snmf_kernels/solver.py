@@ -160,7 +160,7 @@ def fit(
             until the loss is 2.5 % below what exploring reached. True: again and again, from the second iteration on: a
             smaller loss, but features that follow loud neurons. False: steps 1 and 2 throughout, at a loss like the
             paper's; its features detect concepts a little better still.
-        sweeps: over Y in an iteration. Default: 10, and 1 for ``"mu"``.
+        sweeps: over Y in an iteration. Default: ``d / k``, at least 2 and at most 10, and 1 for ``"mu"``.
         init: ``"kmeans"`` (default: spherical k-means of a sample of the tokens), ``"random"`` (the paper's, and the
             default for ``"mu"``), ``"svd"``, or a pair ``(Z0 [d, k], Y0 [k, n])``. Of
             the pair one may be None: without Y0 the start is the non-negative least squares solution on Z0;
@@ -210,7 +210,9 @@ def fit(
         keep=_checks.number("keep", keep),
         solver=solver,
         refit=default["refit"] if refit is None else _plain(refit),
-        sweeps=default["sweeps"] if sweeps is None else _checks.integer("sweeps", sweeps, 1),
+        sweeps=_default_sweeps(default["sweeps"], matrix.shape[0], k)
+        if sweeps is None
+        else _checks.integer("sweeps", sweeps, 1),
         init=init if isinstance(init, str) else "given",
         neuron_scale=default["neuron_scale"] if neuron_scale == "auto" else neuron_scale,
         l1=_checks.number("l1", l1),
@@ -253,6 +255,11 @@ def fit(
             Z, Y, measured = _loop.fast_iterations(problem, Y, monitor, options.sweeps, options.refit)
         logger.debug("fit stopped after %d iterations: %s", monitor.n_iter, monitor.stop_reason)
         return _result(problem, Z, Y, measured, monitor, options, as_numpy=isinstance(A, np.ndarray))
+
+
+def _default_sweeps(most: int, d: int, k: int) -> int:
+    """No more sweeps than cost about as much as the pass over A (Gillis & Glineur 2012), but two if more than one."""
+    return int(min(most, max(2, d // k)))
 
 
 def _plain(value: Any) -> Any:
