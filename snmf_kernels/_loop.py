@@ -306,7 +306,8 @@ def least_squares_(AYt: Tensor, YYt: Tensor, problem: Problem) -> Tensor:
         raise too_large(YYt.dtype)
     ridge = problem.ridge
     k, d = AYt.shape
-    width = max(_SOLVE_ELEMENTS, int(_SOLVE_SHARE * d * problem.data.n)) // k + 1
+    # As wide as the system at least, so that factorising it in each block is the lesser part.
+    width = max(k, max(_SOLVE_ELEMENTS, int(_SOLVE_SHARE * d * problem.data.n)) // k + 1)
     start = 0
     while start < d:
         neurons = slice(start, start + width)
