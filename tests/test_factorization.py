@@ -66,6 +66,18 @@ def test_encode_reports_a_residual_it_did_not_reach(fitted):
     assert rough.relative_error > fine.relative_error
 
 
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_tokens_are_encoded_by_themselves(fitted, backend):
+    A, result = fitted
+    # Neighbours that converge at their own pace, one of them loud, stop each other only within the tolerance.
+    A = torch.cat([A, 1e3 * A[:, :1], torch.zeros(90, 1)], 1)
+    whole = result.encode(A, tol=1e-6, backend=backend).Y
+    parts = [result.encode(part, tol=1e-6, backend=backend).Y for part in (A[:, :7], A[:, 7:71], A[:, 71:])]
+    for got, wanted in zip(whole.T, torch.cat(parts, 1).T, strict=True):
+        assert float((got - wanted).norm()) <= 1e-4 * float(wanted.norm())
+    assert not bool(whole[:, -1].any())
+
+
 def test_encode_errors(fitted):
     _, result = fitted
     with pytest.raises(ValueError, match=r"A: wanted 90 rows \(neurons\), as Z has, got shape \(5, 3\)"):
