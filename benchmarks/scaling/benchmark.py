@@ -194,6 +194,7 @@ def main() -> None:
     if parser.parse_args().what == "run":
         run()
     stored = json.loads(RESULTS.read_text())
+    stored["passes"].sort(key=lambda row: (row["d"], row["n"], row["k"]))
     (HERE / "table.md").write_text(table(stored))
     figure(stored, HERE / "figure.png")
     print(table(stored))
