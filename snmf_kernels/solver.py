@@ -172,8 +172,8 @@ def fit(
             only as far as the token's projection on it exceeds the share ``l1`` of a typical token. For sparser Y,
             try 0.01 to 0.1. Not for ``"mu"``, like the next four.
         l2: penalty ``l2 Σ (‖z_i‖ y_it)²``.
-        max_active: at most so many features on a token: those of largest ``‖z_i‖ y_it``. None: any number. The sweeps that
-            make the last Y the optimum are left out then, since they would choose anew.
+        max_active: at most so many features on a token: those of largest ``‖z_i‖ y_it``. None: any number. The
+            sweeps that make the last Y the optimum are left out then, since they would choose anew.
         fixed: features ``[d, f]``, ``f < k``, that stay as they are, in the units of A: they become the first
             columns of Z, and the other ``k - f`` explain the rest.
         token_weights: ``[n]``, non-negative: the weight of each token's squared residual. 0 leaves a token out.
