@@ -221,10 +221,16 @@ def test_ridge_solve(backend, device, batch, k, m, dtype):
     assert info.tolist() == [0] * batch
 
 
+def clean_memory(monkeypatch):
+    """Outputs start as zeros, not as NaN: for NaN that a kernel is to write itself."""
+    monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "k"), [(1, 6), (3, 40), (40, 6)])
 @pytest.mark.parametrize(("backend", "device"), runs_here("ridge_solve"))
-def test_ridge_solve_names_the_bad_pivot(backend, device, batch, k, dtype):
+def test_ridge_solve_names_the_bad_pivot(monkeypatch, backend, device, batch, k, dtype):
+    clean_memory(monkeypatch)
     G, B = systems(batch, k, 3, dtype, device)
     G[batch // 2] = torch.eye(k)
     G[batch // 2, 4, 4] = -1
@@ -439,11 +445,13 @@ def test_the_sums_of_a_pass_are_what_they_say(backend, device, weighted):
 
 @pytest.mark.parametrize(("backend", "device"), runs_here("coefficient_pass"))
 def test_a_pass_reaches_the_optimum_and_says_so(backend, device):
-    Y, Z, A, ZtZ = pass_problem(67, 70, 9, 4, torch.float64, device)
+    Y, Z, A, ZtZ = pass_problem(67, 257, 9, 4, torch.float64, device)
     optimum, measured = ops.coefficient_pass(Y, Z, A, ZtZ, sweeps=500, measure=True, backend=backend)
     assert measured.violation < 1e-24 * measured.squared_norm
     assert measured.sweeps == 500
-    Y[:, 40:] = optimum[:, 40:]  # tokens that are done at once, tiles of their own on a CPU
+    # Tokens that are done at once, tiles of their own on a CPU, before and after the others.
+    done = (torch.arange(257, device=device) - 48).abs() > 16
+    Y = torch.where(done, optimum, Y)
     for tol in (1e-1, 1e-3, 1e-6):
 
         def passed(sweeps, tol=tol):
@@ -679,7 +687,8 @@ def test_support_solve_is_least_squares_on_supports(backend, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("backend", "device"), runs_here("support_solve"))
-def test_support_solve_names_the_bad_pivot(backend, device, dtype):
+def test_support_solve_names_the_bad_pivot(monkeypatch, backend, device, dtype):
+    clean_memory(monkeypatch)
     offsets = torch.tensor([0, 1, 4, 4, 6], device=device)
     supports = Supports(offsets, torch.tensor([2, 0, 1, 3, 0, 2], device=device), 4)
     G = torch.eye(4, dtype=dtype, device=device)
