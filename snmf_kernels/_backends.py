@@ -10,11 +10,13 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+
+from ._checks import dtype_name
 
 OPERATIONS = (
     "multiplicative_update",
@@ -82,7 +84,7 @@ def refusal(
     if backend == "torch":
         return None
     if dtype not in (torch.float32, torch.float64):
-        return f"it computes in float32 or float64, not {str(dtype).removeprefix('torch.')}"
+        return f"it computes in float32 or float64, not {dtype_name(dtype)}"
     if backend == "cpp":
         if device.type != "cpu":
             return f"it runs on the CPU, the tensors are on {device}"
@@ -203,7 +205,7 @@ def choose_all(
     if chosen["coefficient_pass"] == "torch":
         # Composed of what this backend has.
         own = [functions[name] for name in ("multiplicative_update", "coordinate_descent", "sparse_product")]
-        functions["coefficient_pass"] = partial(_function("torch", "composed_pass"), *own)
+        functions["coefficient_pass"] = _function("torch", "composed_pass")(*own)
     return Kernels(chosen["multiplicative_update"] if backend == "auto" else backend, **functions)
 
 

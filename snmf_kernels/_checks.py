@@ -1,10 +1,12 @@
-"""Checks of scalar arguments that several public functions share."""
+"""Checks of scalar arguments that several public functions share, and the names that their messages use."""
 
 from __future__ import annotations
 
 import math
 import numbers
 from typing import Any
+
+import torch
 
 
 def integer(name: str, value: Any, least: int) -> int:
@@ -30,3 +32,8 @@ def number(name: str, value: Any) -> float:
     if not 0 <= converted < math.inf:
         raise ValueError(f"{name}: wanted a finite number >= 0, got {value}")
     return converted
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` of ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")

@@ -12,11 +12,12 @@ from torch import Tensor
 
 import snmf_kernels._C as _C
 
+from ._checks import dtype_name
 from .sparse import PassResult, SparseColumns, Supports
 
 
 def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return dtype_name(tensor.dtype)
 
 
 def _row_contiguous(tensor: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 import snmf_kernels._C as _C
 
+from ._checks import dtype_name
+
 
 @cache
 def ridge_max_k(device: int, dtype: torch.dtype) -> int:
@@ -22,7 +24,7 @@ def ridge_solve(G: Tensor, B: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tens
     X, info = torch.empty_like(B), torch.empty(batch, dtype=torch.int32, device=B.device)
     device = B.get_device()
     _C.cuda_ridge_solve(
-        str(G.dtype).removeprefix("torch."), G.data_ptr(), B.data_ptr(), X.data_ptr(), info.data_ptr(),
+        dtype_name(G.dtype), G.data_ptr(), B.data_ptr(), X.data_ptr(), info.data_ptr(),
         batch, k, m, ridge, device, torch.cuda.current_stream(device).cuda_stream,
     )  # fmt: skip
     return X, info

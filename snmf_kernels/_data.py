@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._backends import Kernels
+from ._checks import dtype_name
 from .sparse import PassResult, SparseColumns
 
 # Elements of A that are converted at a time, and squared in float64: on a CPU these temporaries should stay in cache,
@@ -39,7 +40,7 @@ def as_matrix(name: str, value: Any) -> Tensor:
     if value.dtype not in _DTYPES:
         raise TypeError(
             f"{name}: wanted dtype float16, bfloat16, float32 or float64, "
-            f"got {str(value.dtype).removeprefix('torch.')}; convert it with {name}.float() or {name}.astype('float32')"
+            f"got {dtype_name(value.dtype)}; convert it with {name}.float() or {name}.astype('float32')"
         )
     if value.layout != torch.strided:
         raise TypeError(
@@ -73,6 +74,23 @@ def _from_numpy(name: str, array: np.ndarray) -> Tensor:
         raise TypeError(
             f"{name}: wanted dtype float16, bfloat16, float32 or float64, got {array.dtype}"
         ) from error
+
+
+def as_weights(token_weights: Any, matrix: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Token weights as ``[n]`` of the working dtype beside the matrix, or None."""
+    if token_weights is None:
+        return None
+    weights = torch.as_tensor(token_weights)
+    if weights.shape != matrix.shape[1:]:
+        raise ValueError(
+            f"token_weights: wanted one for each of the {matrix.shape[1]} tokens, got shape {tuple(weights.shape)}"
+        )
+    weights = weights.detach().to(matrix.device, dtype)
+    if not bool((weights.isfinite() & (weights >= 0)).all()):
+        raise ValueError("token_weights: wanted finite numbers >= 0, got others; use 0 to leave a token out")
+    if not bool((weights > 0).any()):
+        raise ValueError("token_weights: wanted at least one above 0, got zeros only")
+    return weights
 
 
 class DataMatrix:
@@ -139,18 +157,21 @@ class DataMatrix:
         chosen = chosen.to(self.dtype)
         return chosen if self._inverse_scale is None else chosen.mul_(self._inverse_scale[:, None])
 
-    def times(self, right: Tensor) -> Tensor:
-        """``(A right)ᵀ`` for ``right [n, r]``, as ``[r, d]``: a feature's neurons lie together."""
-        if self.A.dtype == self.dtype:
+    def times(self, right: Tensor, weights: Tensor | None = None) -> Tensor:
+        """``(A diag(weights) right)ᵀ`` for ``right [n, r]``, as ``[r, d]``: a feature's neurons lie together."""
+        if self.A.dtype == self.dtype and weights is None:
             product = right.T @ self.A.T
         else:
             product = torch.zeros(right.shape[1], self.d, dtype=self.dtype, device=self.device)
             for tokens, block in self._raw_blocks():
-                product.addmm_(right[tokens].T, block.to(self.dtype).T)
+                part = right[tokens].T if weights is None else right[tokens].T * weights[tokens]
+                product.addmm_(part, block.to(self.dtype).T)
         return product if self._inverse_scale is None else product.mul_(self._inverse_scale)
 
     def transposed_times(self, left: Tensor) -> Tensor:
         """``leftᵀ A`` for ``left [d, r]``, as ``[r, n]``."""
+        if self.A.dtype == self.dtype:
+            return self.scaled(left).T @ self.A
         product = torch.empty(left.shape[1], self.n, dtype=self.dtype, device=self.device)
         for tokens, block in self.transposed_times_blocks(left):
             product[:, tokens] = block
@@ -165,12 +186,7 @@ class DataMatrix:
 
     def times_coefficients(self, Y: Tensor) -> Tensor:
         """``(A diag(w) Yᵀ)ᵀ`` for ``Y [k, n]`` and the token weights w, as ``[k, d]``."""
-        if self.token_weights is None:
-            return self.times(Y.T)
-        product = torch.zeros(len(Y), self.d, dtype=self.dtype, device=self.device)
-        for tokens, block in self._raw_blocks():
-            product.addmm_(Y[:, tokens] * self.token_weights[tokens], block.to(self.dtype).T)
-        return product if self._inverse_scale is None else product.mul_(self._inverse_scale)
+        return self.times(Y.T, self.token_weights)
 
     def gram_of_coefficients(self, Y: Tensor) -> Tensor:
         """``Y diag(w) Yᵀ [k, k]`` for the token weights w."""
@@ -211,7 +227,7 @@ class DataMatrix:
 
     def tail_energy(self, k: int) -> float:
         """``Σ_{i>k} σ_i²``, of the singular values of the matrix this stands for, tokens weighted."""
-        precise = _accumulator(self.device)
+        precise = precise_dtype(self.device)
         smaller = self.d <= self.n
         side = self.d if smaller else self.n
         if k >= side:
@@ -253,7 +269,7 @@ class DataMatrix:
             yield tokens, self.A[:, tokens]
 
     def _row_squares(self) -> Tensor:
-        squares = torch.zeros(self.d, dtype=_accumulator(self.device), device=self.device)
+        squares = torch.zeros(self.d, dtype=precise_dtype(self.device), device=self.device)
         for tokens, block in self._raw_blocks(_SQUARE_ELEMENTS):
             squared = block.to(squares.dtype, copy=True).square_()
             weights = None if self.token_weights is None else self.token_weights[tokens].to(squares.dtype)
@@ -286,8 +302,8 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False)
 
 
-def _accumulator(device: torch.device) -> torch.dtype:
-    # Apple's GPUs have no float64.
+def precise_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on Apple's GPUs, which have no more: for sums over all data, and for solves."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._data import relative
-from ._problem import Problem, solve_dtype
+from ._checks import dtype_name
+from ._data import precise_dtype, relative
+from ._problem import Problem
 from .factorization import StopReason
 from .sparse import PassResult, SparseColumns
 
@@ -136,8 +137,8 @@ class Monitor:
 
 def paper_iterations(
     problem: Problem, Y: Tensor, monitor: Monitor, sweeps: int
-) -> tuple[SparseColumns, Tensor]:
-    """The paper's five steps (see ``fit``), the loss from Gram matrices; the best pair."""
+) -> tuple[SparseColumns, Tensor, PassResult]:
+    """The paper's five steps (see ``fit``), the loss from Gram matrices; the best pair, and a pass that measures it."""
     data, kernels = problem.data, problem.data.kernels
     best: tuple[SparseColumns, Tensor] | None = None
     spare: Tensor | None = None
@@ -163,7 +164,8 @@ def paper_iterations(
                 spare = best[1]
             best = (Z, Y)
     assert best is not None  # the first loss is finite, so below infinity
-    return best
+    Z, Y = best
+    return Z, Y, data.coefficient_pass(Z, problem.gram(Z), Y, 0, out=Y, residual=True)
 
 
 def fast_iterations(
@@ -227,7 +229,7 @@ def fast_iterations(
         YYt = data.gram_of_coefficients(Y)
         if monitor.add(problem.objective(result, ZtZ, YYt)):
             best_Z = Z
-            if problem.max_active:
+            if 0 < problem.max_active < len(Y):
                 # Which features a token uses cannot be found again from Z, as the optimum over all of them can.
                 best_Y = Y.clone() if best_Y is None else best_Y.copy_(Y)
     assert best_Z is not None
@@ -282,7 +284,7 @@ def refit_on_support(Z: SparseColumns, AYt_kept: Tensor, YYt: Tensor, problem: P
 
     In float64 where there is one. A neuron whose system is singular to working precision keeps its values.
     """
-    precise = solve_dtype(YYt)
+    precise = precise_dtype(YYt.device)
     supports, order = Z.supports()
     solved, info = problem.data.kernels.support_solve(
         YYt.to(precise), supports, AYt_kept.flatten()[order].to(precise), problem.ridge
@@ -299,7 +301,7 @@ def least_squares_(AYt: Tensor, YYt: Tensor, problem: Problem) -> Tensor:
     Where rounding has left ``Y Yᵀ + ridge·I`` without a Cholesky factor (two features with the same
     coefficients, say), the ridge is raised tenfold until it has one.
     """
-    G = YYt.to(solve_dtype(YYt))[None]
+    G = YYt.to(precise_dtype(YYt.device))[None]
     info = torch.finfo(YYt.dtype)
     floor = float(info.eps * torch.diagonal(YYt).max().clamp(min=info.tiny))
     if not math.isfinite(floor):
@@ -336,6 +338,6 @@ def row_norms(YYt: Tensor) -> Tensor:
 def too_large(dtype: torch.dtype) -> FloatingPointError:
     """The error for sums that overflow."""
     return FloatingPointError(
-        f"the solver's sums are not finite in {str(dtype).removeprefix('torch.')}: the values of A, or of a given "
+        f"the solver's sums are not finite in {dtype_name(dtype)}: the values of A, or of a given "
         "start, are too large; divide them by their largest magnitude, or pass dtype=torch.float64"
     )

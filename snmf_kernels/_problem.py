@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._data import DataMatrix
+from ._checks import dtype_name
+from ._data import DataMatrix, precise_dtype
 from .sparse import PassResult, SparseColumns
 
 
@@ -27,7 +29,7 @@ class Problem:
         count: how many neurons a free feature keeps.
         ridge: λ of the least-squares step for Z.
         threshold, l2: see above.
-        max_active: at most so many features to a token; 0 for any number.
+        max_active: at most so many features to a token; 0, or as many as there are, for any number.
         fixed: features that stay as they are, in scaled units; the first rows of Y are theirs.
     """
 
@@ -93,7 +95,7 @@ class Problem:
             )
             if not math.isfinite(result.dot):
                 raise FloatingPointError(
-                    f"A: its products with Z are not finite in {str(data.dtype).removeprefix('torch.')}; "
+                    f"A: its products with Z are not finite in {dtype_name(data.dtype)}; "
                     "divide A by its largest magnitude, or fit with dtype=torch.float64"
                 )
             residual = kkt_residual(result)
@@ -102,6 +104,11 @@ class Problem:
                 return Y, residual, result
             # A sweep changes a token by about what it is from its optimum, where convergence is slow by less.
             sweep_tol /= 4
+
+
+def kept_count(keep: float, d: int) -> int:
+    """``ceil(keep·d)`` of the decimal fraction that was written: 0.07 of 100 neurons is 7, not 8."""
+    return math.ceil(Fraction(repr(keep)) * d)
 
 
 def kkt_residual(measured: PassResult) -> float:
@@ -113,10 +120,5 @@ def kkt_residual(measured: PassResult) -> float:
 
 def dot(left: Tensor, right: Tensor) -> float:
     """Sum of products in float64 (float32 where the device has no more)."""
-    precise = solve_dtype(left)
+    precise = precise_dtype(left.device)
     return float((left.to(precise) * right.to(precise)).sum())
-
-
-def solve_dtype(like: Tensor) -> torch.dtype:
-    """float64, or float32 on Apple's GPUs, which have no more."""
-    return torch.float32 if like.device.type == "mps" else torch.float64

@@ -10,7 +10,6 @@ import math
 import os
 import secrets
 from collections.abc import Mapping
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import _backends, _checks
-from ._data import DataMatrix, as_matrix, full_precision, relative
-from ._problem import Problem, dot, kkt_residual
+from ._data import DataMatrix, as_matrix, as_weights, full_precision, relative
+from ._problem import Problem, dot, kept_count, kkt_residual
 from ._version import __version__
 from .sparse import SparseColumns
 
@@ -202,7 +201,7 @@ class Factorization:
             had = "had" if self.options.get("weighted") else "had no"
             raise ValueError(f"token_weights: the fit {had} weights; give what was given to fit")
         Y, Z = _tensor(self.Y).to(matrix.device), _tensor(self.Z).to(matrix.device)
-        weights = check_weights(token_weights, matrix, Z.dtype)
+        weights = as_weights(token_weights, matrix, Z.dtype)
         kernels = _backends.choose_all(matrix.device, Z.dtype, backend)
         with full_precision(matrix.device):
             data = DataMatrix(matrix, Z.dtype, kernels, weights)
@@ -236,7 +235,7 @@ class Factorization:
             ridge=self.options.get("ridge", 0.0),
             threshold=self.options.get("l1_threshold", 0.0),
             l2=self.options.get("l2", 0.0),
-            max_active=most if (most := self.options.get("max_active") or 0) < self.k else 0,
+            max_active=self.options.get("max_active") or 0,
         )
         return problem, features
 
@@ -343,28 +342,6 @@ def sparse_features(Z: Tensor) -> SparseColumns:
     count = max(1, int((Z != 0).sum(0).max()))
     select = _backends.choose("winner_take_all", Z.device, Z.dtype).function
     return select(Z, count)
-
-
-def kept_count(keep: float, d: int) -> int:
-    """``ceil(keep·d)`` of the decimal fraction that was written: 0.07 of 100 neurons is 7, not 8."""
-    return math.ceil(Fraction(repr(keep)) * d)
-
-
-def check_weights(token_weights: Any, matrix: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Token weights as ``[n]`` of the working dtype beside the matrix, or None."""
-    if token_weights is None:
-        return None
-    weights = torch.as_tensor(token_weights)
-    if weights.shape != matrix.shape[1:]:
-        raise ValueError(
-            f"token_weights: wanted one for each of the {matrix.shape[1]} tokens, got shape {tuple(weights.shape)}"
-        )
-    weights = weights.detach().to(matrix.device, dtype)
-    if not bool((weights.isfinite() & (weights >= 0)).all()):
-        raise ValueError("token_weights: wanted finite numbers >= 0, got others; use 0 to leave a token out")
-    if not bool((weights > 0).any()):
-        raise ValueError("token_weights: wanted at least one above 0, got zeros only")
-    return weights
 
 
 def _gains_of_choosing_anew(Z: SparseColumns, AYt: Tensor, YYt: Tensor, count: int) -> Tensor:

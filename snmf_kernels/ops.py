@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _backends
+from ._checks import dtype_name
 from .sparse import PassResult, SparseColumns, Supports
 
 __all__ = [
@@ -277,7 +278,7 @@ def _check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) ->
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: wanted a torch tensor, got {type(tensor).__name__}")
     if tensor.ndim != 2 or tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        wanted = " or ".join(map(dtype_name, dtypes))
         raise ValueError(
             f"{name}: wanted a {wanted} matrix, got {tensor.dtype} of shape {tuple(tensor.shape)}"
         )

@@ -63,134 +63,112 @@ def sparse_product(Z: SparseColumns, A: Tensor) -> Tensor:
     return Z.to_dense().T @ A.to(Z.values.dtype)
 
 
-def coefficient_pass(
-    Y: Tensor,
-    Z: SparseColumns,
-    A: Tensor,
-    ZtZ: Tensor,
-    sweeps: int = 1,
-    *,
-    out: Tensor,
-    multiplicative: bool = False,
-    eps: float = 1e-6,
-    tol: float = 0.0,
-    row_scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    feature_norms: Tensor | None = None,
-    max_active: int = 0,
-    token_weights: Tensor | None = None,
-    residual_values: Tensor | None = None,
-    kept_products: bool = False,
-    measure: bool = False,
-) -> PassResult:
-    """One pass over ``A [d, n]`` for fixed Z: ``sweeps`` sweeps over ``Y [k, n]``, written to ``out``.
-
-    Per block of tokens: ``Y ← diag(row_scale) Y``, ``ZtA = ZᵀA − shift``, then :func:`coordinate_descent` (or
-    :func:`multiplicative_update`). Neither ZtA nor a second Y exists as a whole.
-
-    Args:
-        Y: ``[k, n]``.
-        out: ``[k, n]``, where the new Y goes; may be Y itself.
-        Z, ZtZ: features and ``ZᵀZ [k, k]`` (with what a squared penalty adds to its diagonal).
-        A: of any floating dtype and strides.
-        tol: coordinate descent: tokens are left alone once a sweep changes them by less than ``tol ‖y‖``.
-        row_scale: ``[k]``, multiplies the rows of Y first.
-        shift: ``[k]``, subtracted from the rows of ZtA: half of a linear penalty on Y.
-        feature_norms, max_active: after the sweeps keep of each token the ``max_active`` features of largest
-            ``feature_norms[i] * Y[i, t]`` that are positive, of equal ones the lower features, and sweep again over
-            those. 0: all.
-        token_weights: ``[n]``, weights of the tokens in ``AYt`` and ``dot``.
-        residual_values: ``[k, count]``, the kept entries of Z in the units of A (where Z and A are scaled apart): the
-            residual is measured with them.
-        kept_products: whether ``A diag(token_weights) Yᵀ`` is wanted at the kept entries.
-        measure: whether the violation of the optimality conditions is wanted.
-    """
-    return composed_pass(
-        multiplicative_update, coordinate_descent, sparse_product, Y, Z, A, ZtZ, sweeps, out=out,
-        multiplicative=multiplicative, eps=eps, tol=tol, row_scale=row_scale, shift=shift, feature_norms=feature_norms,
-        max_active=max_active, token_weights=token_weights, residual_values=residual_values,
-        kept_products=kept_products, measure=measure,
-    )  # fmt: skip
-
-
 def composed_pass(
-    update: Callable[..., Tensor],
-    descend: Callable[..., Tensor],
-    product: Callable[..., Tensor],
-    Y: Tensor,
-    Z: SparseColumns,
-    A: Tensor,
-    ZtZ: Tensor,
-    sweeps: int,
-    *,
-    out: Tensor,
-    multiplicative: bool = False,
-    eps: float = 1e-6,
-    tol: float = 0.0,
-    row_scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    feature_norms: Tensor | None = None,
-    max_active: int = 0,
-    token_weights: Tensor | None = None,
-    residual_values: Tensor | None = None,
-    kept_products: bool = False,
-    measure: bool = False,
-) -> PassResult:
-    """:func:`coefficient_pass` from a backend's own multiplicative_update, coordinate_descent and sparse_product."""
-    AYt = torch.zeros_like(Z.values) if kept_products else None
-    dot = violation = squared_norm = residual = data = 0.0
-    most_sweeps = 0
-    Z_out = None if residual_values is None else SparseColumns(Z.indices, residual_values, Z.d).to_dense()
-    precise = torch.float32 if Y.device.type == "mps" else torch.float64
-    rounds = 2 if 0 < max_active < Y.shape[0] else 1
-    width = max(1, _BLOCK_ELEMENTS // A.shape[0])
-    for start in range(0, A.shape[1], width):
-        tokens = slice(start, start + width)
-        block, y = A[:, tokens], Y[:, tokens]
-        p = product(Z, block)
-        if row_scale is not None:
-            y = y * row_scale[:, None]
-        if shift is not None:
-            p = p - shift[:, None]
-        for round_ in range(rounds):
-            if round_:
-                assert feature_norms is not None
-                contributions = feature_norms[:, None] * y
-                order = contributions.sort(dim=0, descending=True, stable=True).indices
-                y = y.scatter(0, order[max_active:], 0)
-                # NaN counts as used, so that it stays to be seen.
-                used = ~((y <= 0) | (contributions <= 0))
-                # Below whatever ZtA would make a coefficient positive, and yet no infinity.
-                y, p = torch.where(used, y, 0), torch.where(used, p, -torch.finfo(p.dtype).max / 4)
-            if multiplicative:
-                y = update(y, p, ZtZ, eps, sweeps)
-                continue
-            if tol <= 0:
-                y = descend(y, p, ZtZ, sweeps)
-                continue
-            for sweep in range(sweeps):
-                before, y = y, descend(y, p, ZtZ, 1)
-                most_sweeps = max(most_sweeps, round_ * sweeps + sweep + 1)
-                if float((y - before).norm()) <= tol * float(y.norm()):
-                    break
-        out[:, tokens] = y
-        weighted = y if token_weights is None else y * token_weights[tokens]
-        dot += float((p.to(precise) * weighted.to(precise)).sum())
-        squared_norm += float(y.to(precise).square().sum())
-        if measure:
-            diagonal = torch.diagonal(ZtZ)
-            alive = diagonal > 0
-            step = (ZtZ[alive] @ y - p[alive]) / diagonal[alive, None]
-            violation += float(torch.minimum(y[alive], step).to(precise).square().sum())
-        if Z_out is not None:
-            weights = 1.0 if token_weights is None else token_weights[tokens].to(precise)
-            converted = block.to(y.dtype)
-            data += float((converted.to(precise).square() * weights).sum())
-            residual += float(((converted - Z_out @ y).to(precise).square() * weights).sum())
-        if AYt is not None:
-            AYt += Z.gather(weighted @ block.to(y.dtype).T)
-    most_sweeps = most_sweeps if tol > 0 and not multiplicative else rounds * sweeps
-    return PassResult(AYt, dot, violation, squared_norm, residual, data, most_sweeps)
+    update: Callable[..., Tensor], descend: Callable[..., Tensor], product: Callable[..., Tensor]
+) -> Callable[..., PassResult]:
+    """:func:`coefficient_pass` made of a multiplicative_update, a coordinate_descent and a sparse_product."""
+
+    def coefficient_pass(
+        Y: Tensor,
+        Z: SparseColumns,
+        A: Tensor,
+        ZtZ: Tensor,
+        sweeps: int = 1,
+        *,
+        out: Tensor,
+        multiplicative: bool = False,
+        eps: float = 1e-6,
+        tol: float = 0.0,
+        row_scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        feature_norms: Tensor | None = None,
+        max_active: int = 0,
+        token_weights: Tensor | None = None,
+        residual_values: Tensor | None = None,
+        kept_products: bool = False,
+        measure: bool = False,
+    ) -> PassResult:
+        """One pass over ``A [d, n]`` for fixed Z: ``sweeps`` sweeps over ``Y [k, n]``, written to ``out``.
+
+        Per block of tokens: ``Y ← diag(row_scale) Y``, ``ZtA = ZᵀA − shift``, then :func:`coordinate_descent` (or
+        :func:`multiplicative_update`). Neither ZtA nor a second Y exists as a whole.
+
+        Args:
+            Y: ``[k, n]``.
+            out: ``[k, n]``, where the new Y goes; may be Y itself.
+            Z, ZtZ: features and ``ZᵀZ [k, k]`` (with what a squared penalty adds to its diagonal).
+            A: of any floating dtype and strides.
+            tol: coordinate descent: tokens are left alone once a sweep changes them by less than ``tol ‖y‖``.
+            row_scale: ``[k]``, multiplies the rows of Y first.
+            shift: ``[k]``, subtracted from the rows of ZtA: half of a linear penalty on Y.
+            feature_norms, max_active: after the sweeps keep of each token the ``max_active`` features of largest
+                ``feature_norms[i] * Y[i, t]`` that are positive, of equal ones the lower features, and sweep again over
+                those. 0: all.
+            token_weights: ``[n]``, weights of the tokens in ``AYt`` and ``dot``.
+            residual_values: ``[k, count]``, the kept entries of Z in the units of A (where Z and A are scaled apart):
+                the residual is measured with them.
+            kept_products: whether ``A diag(token_weights) Yᵀ`` is wanted at the kept entries.
+            measure: whether the violation of the optimality conditions is wanted.
+        """
+        AYt = torch.zeros_like(Z.values) if kept_products else None
+        dot = violation = squared_norm = residual = data = 0.0
+        most_sweeps = 0
+        Z_out = None if residual_values is None else SparseColumns(Z.indices, residual_values, Z.d).to_dense()
+        precise = torch.float32 if Y.device.type == "mps" else torch.float64
+        rounds = 2 if 0 < max_active < Y.shape[0] else 1
+        width = max(1, _BLOCK_ELEMENTS // A.shape[0])
+        for start in range(0, A.shape[1], width):
+            tokens = slice(start, start + width)
+            block, y = A[:, tokens], Y[:, tokens]
+            p = product(Z, block)
+            if row_scale is not None:
+                y = y * row_scale[:, None]
+            if shift is not None:
+                p = p - shift[:, None]
+            for round_ in range(rounds):
+                if round_:
+                    assert feature_norms is not None
+                    contributions = feature_norms[:, None] * y
+                    order = contributions.sort(dim=0, descending=True, stable=True).indices
+                    y = y.scatter(0, order[max_active:], 0)
+                    # NaN counts as used, so that it stays to be seen.
+                    used = ~((y <= 0) | (contributions <= 0))
+                    # Below whatever ZtA would make a coefficient positive, and yet no infinity.
+                    y, p = torch.where(used, y, 0), torch.where(used, p, -torch.finfo(p.dtype).max / 4)
+                if multiplicative:
+                    y = update(y, p, ZtZ, eps, sweeps)
+                    continue
+                if tol <= 0:
+                    y = descend(y, p, ZtZ, sweeps)
+                    continue
+                for sweep in range(sweeps):
+                    before, y = y, descend(y, p, ZtZ, 1)
+                    most_sweeps = max(most_sweeps, round_ * sweeps + sweep + 1)
+                    if float((y - before).norm()) <= tol * float(y.norm()):
+                        break
+            out[:, tokens] = y
+            weighted = y if token_weights is None else y * token_weights[tokens]
+            dot += float((p.to(precise) * weighted.to(precise)).sum())
+            squared_norm += float(y.to(precise).square().sum())
+            if measure:
+                diagonal = torch.diagonal(ZtZ)
+                alive = diagonal > 0
+                step = (ZtZ[alive] @ y - p[alive]) / diagonal[alive, None]
+                violation += float(torch.minimum(y[alive], step).to(precise).square().sum())
+            if Z_out is not None:
+                weights = 1.0 if token_weights is None else token_weights[tokens].to(precise)
+                converted = block.to(y.dtype)
+                data += float((converted.to(precise).square() * weights).sum())
+                residual += float(((converted - Z_out @ y).to(precise).square() * weights).sum())
+            if AYt is not None:
+                AYt += Z.gather(weighted @ block.to(y.dtype).T)
+        most_sweeps = most_sweeps if tol > 0 and not multiplicative else rounds * sweeps
+        return PassResult(AYt, dot, violation, squared_norm, residual, data, most_sweeps)
+
+    return coefficient_pass
+
+
+coefficient_pass = composed_pass(multiplicative_update, coordinate_descent, sparse_product)
 
 
 def column_descent(Z: SparseColumns, AYt: Tensor, YYt: Tensor, sweeps: int = 1) -> SparseColumns:

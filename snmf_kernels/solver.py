@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from . import _backends, _checks, _loop
-from ._data import DataMatrix, as_matrix, full_precision, relative
+from ._data import DataMatrix, as_matrix, as_weights, full_precision, relative
 from ._loop import Callback, IterationState, Monitor
-from ._problem import Problem
-from .factorization import Factorization, check_weights, kept_count, sparse_features
+from ._problem import Problem, kept_count
+from .factorization import Factorization, sparse_features
 from .init import FLOOR, INITS, kmeans_centroids
 from .sparse import PassResult, SparseColumns
 
@@ -226,13 +226,13 @@ def fit(
         tol=default["tol"] if tol is None else _checks.number("tol", tol),
         patience=default["patience"] if patience is None else _checks.integer("patience", patience, 1),
         seed=_checks.integer("seed", seed, 0),
-        dtype=str(working).removeprefix("torch."),
+        dtype=_checks.dtype_name(working),
         backend=backend,
     )
     matrix = matrix.to(_device(device, matrix.device))
     kernels = _backends.choose_all(matrix.device, working, backend, options.k)
     with full_precision(matrix.device), _Progress(progress, options.max_iter) as bar:
-        data = DataMatrix(matrix, working, kernels, check_weights(token_weights, matrix, working))
+        data = DataMatrix(matrix, working, kernels, as_weights(token_weights, matrix, working))
         if options.neuron_scale == "rms":
             data.scale_neurons()
         squared_norm = data.squared_norm()
@@ -242,16 +242,14 @@ def fit(
             options.ridge,
             threshold=options.l1 * math.sqrt(squared_norm / data.total_weight),
             l2=options.l2,
-            # As many as there are is no bound.
-            max_active=options.max_active if options.max_active and options.max_active < k else 0,
+            max_active=options.max_active or 0,
             fixed=None if fixed_features is None else _fixed(fixed_features, data),
         )
         Y = _start(problem, init, options)
         callbacks = (*bar.callbacks, *([callback] if callback else []))
         monitor = Monitor(squared_norm, working, options.max_iter, options.tol, options.patience, callbacks)
         if solver == "mu":
-            Z, Y = _loop.paper_iterations(problem, Y, monitor, options.sweeps)
-            measured = data.coefficient_pass(Z, problem.gram(Z), Y, 0, out=Y, residual=True)
+            Z, Y, measured = _loop.paper_iterations(problem, Y, monitor, options.sweeps)
         else:
             Z, Y, measured = _loop.fast_iterations(problem, Y, monitor, options.sweeps, options.refit)
         logger.debug("fit stopped after %d iterations: %s", monitor.n_iter, monitor.stop_reason)
