@@ -40,7 +40,7 @@ ModelArgument = Annotated[
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The run's folder, made by snmf collect.")]
 DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda, …  [default: cuda when there is one, else cpu]")
+    str | None, typer.Option(help="cpu, cuda, …", show_default="cuda when there is one, else cpu")
 ]
 ModelDtypeOption = Annotated[
     str, typer.Option(help="Precision the model runs in: float32, bfloat16 or float16.")
@@ -152,7 +152,7 @@ def collect(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Stored precision: float32, bfloat16 or float16.  [default: the model's]"),
+        typer.Option(help="Stored precision: float32, bfloat16 or float16.", show_default="the model's"),
     ] = None,
     sink_threshold: Annotated[
         float,
@@ -160,7 +160,7 @@ def collect(
     ] = 5.0,
     padding_side: Annotated[str, typer.Option(help="right or left; the result is the same.")] = "right",
     shard_tokens: Annotated[
-        int | None, typer.Option(help="Tokens per shard.  [default: about 128 MB a shard]")
+        int | None, typer.Option(help="Tokens per shard.", show_default="about 128 MB a shard")
     ] = None,
     model_dtype: ModelDtypeOption = "float32",
     device: DeviceOption = None,
@@ -207,36 +207,40 @@ def fit(
     run: RunArgument,
     k: Annotated[int, typer.Option(help="Features per layer.")] = 100,
     layers: Annotated[
-        str | None, typer.Option(help="Such as 0-3,6.  [default: all that were collected]")
+        str | None, typer.Option(help="Such as 0-3,6.", show_default="all that were collected")
     ] = None,
     keep: Annotated[float, typer.Option(help="Fraction of neurons that a feature keeps.")] = 0.01,
     neuron_scale: Annotated[
         str,
         typer.Option(
-            help="rms divides each neuron by its RMS first, so that no few neurons decide; or none.  "
-            "[default: rms, and none for --solver mu]"
+            help="rms divides each neuron by its RMS first, so that no few neurons decide; or none.",
+            show_default="rms, and none for --solver mu",
         ),
     ] = "auto",
     solver: Annotated[str, typer.Option(help="auto, or mu: the paper's iteration.")] = "auto",
     refit: Annotated[
         str | None,
         typer.Option(
-            help="late, always or never: whether supports are chosen anew for a smaller loss.  [default: late]"
+            help="late, always or never: whether supports are chosen anew for a smaller loss.",
+            show_default="late",
         ),
     ] = None,
     init: Annotated[
-        str, typer.Option(help="kmeans, random or svd.  [default: kmeans, and random for --solver mu]")
+        str, typer.Option(help="kmeans, random or svd.", show_default="kmeans, and random for --solver mu")
     ] = "auto",
-    max_iter: Annotated[int | None, typer.Option(help="Most iterations.  [default: the solver's]")] = None,
+    max_iter: Annotated[
+        int | None, typer.Option(help="Most iterations.", show_default="the solver's")
+    ] = None,
     tol: Annotated[
-        float | None, typer.Option(help="Relative gain that counts as progress.  [default: the solver's]")
+        float | None, typer.Option(help="Relative gain that counts as progress.", show_default="the solver's")
     ] = None,
     patience: Annotated[
-        int | None, typer.Option(help="Iterations without progress before it stops.  [default: the solver's]")
+        int | None,
+        typer.Option(help="Iterations without progress before it stops.", show_default="the solver's"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random start.")] = 0,
     device: Annotated[
-        str | None, typer.Option(help="Where to compute, such as cuda.  [default: cpu]")
+        str | None, typer.Option(help="Where to compute, such as cuda.", show_default="cpu")
     ] = None,
     backend: Annotated[str, typer.Option(help="auto, cpp, triton, cuda or torch.")] = "auto",
     overwrite: Annotated[
@@ -281,7 +285,9 @@ def fit(
 @_command("features")
 def features(
     run: RunArgument,
-    layer: Annotated[int | None, typer.Option(help="Which layer.  [default: every factorised one]")] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="Which layer.", show_default="every factorised one")
+    ] = None,
     feature: Annotated[int | None, typer.Option(help="Show one feature in full.")] = None,
     top: Annotated[int, typer.Option(help="Features to list per layer.")] = 10,
     sort: Annotated[str, typer.Option(help="clarity, energy or index.")] = "clarity",
