@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from real_activations import CASES, activations, store
 
 import snmf_kernels
 from snmf_interp.evaluation import best_neurons, evaluate_features, permuted_labels, split_texts
+from snmf_interp.files import write_json
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -98,32 +98,19 @@ def run(threads: int) -> None:
                     if (model, layer, seed, name) in done:
                         continue
                     rows.append(measure(model, layer, seed, name))
-                    temporary = RESULTS.with_suffix(".tmp")
-                    temporary.write_text(json.dumps({"versions": versions, "k": K, "rows": rows}, indent=0))
-                    os.replace(temporary, RESULTS)
+                    write_json(RESULTS, {"versions": versions, "k": K, "rows": rows})
                     print(json.dumps(rows[-1]), flush=True)
 
 
-def mean_by_case(rows: list[dict[str, Any]], name: str, key: str) -> list[float]:
+def values_of(rows: list[dict[str, Any]], name: str, key: str) -> list[list[float]]:
+    """Of each case the values of all seeds."""
+    chosen = [row for row in rows if row["setting"] == name and key in row]
+    return [[r[key] for r in chosen if (r["model"], r["layer"]) == case] for case in CASES]
+
+
+def means(rows: list[dict[str, Any]], name: str, key: str) -> list[float]:
     """Of each case the mean over seeds."""
-    found = []
-    for model, layer in CASES:
-        values = [
-            r[key]
-            for r in rows
-            if (r["model"], r["layer"], r["setting"]) == (model, layer, name) and key in r
-        ]
-        found.append(statistics.mean(values) if values else float("nan"))
-    return found
-
-
-def spread_by_case(rows: list[dict[str, Any]], name: str, key: str) -> list[float]:
-    """Of each case the standard deviation over seeds."""
-    found = []
-    for model, layer in CASES:
-        values = [r[key] for r in rows if (r["model"], r["layer"], r["setting"]) == (model, layer, name)]
-        found.append(statistics.stdev(values) if len(values) > 1 else float("nan"))
-    return found
+    return [statistics.mean(values) if values else float("nan") for values in values_of(rows, name, key)]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -140,13 +127,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         if not any(r["setting"] == name for r in rows):
             continue
         cells = [
-            f"{mean:.3f} ± {spread:.3f}"
-            for mean, spread in zip(
-                mean_by_case(rows, name, "auroc"), spread_by_case(rows, name, "auroc"), strict=True
-            )
+            f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else float('nan'):.3f}"
+            for values in values_of(rows, name, "auroc")
         ]
         for key, digits in (("auroc", 4), ("probe", 4), ("above_95", 3), ("loss", 4), ("seconds", 2)):
-            mean = statistics.mean(mean_by_case(rows, name, key))
+            mean = statistics.mean(means(rows, name, key))
             cells.append("" if mean != mean else f"{mean:.{digits}f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
@@ -170,22 +155,12 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
         (axes[1], "probe", "one-sparse probe, balanced accuracy"),
     ):
         for place, name in enumerate(names):
-            for model, layer in CASES:
-                values = [
-                    r[key] for r in rows if (r["model"], r["layer"], r["setting"]) == (model, layer, name)
-                ]
+            for values in values_of(rows, name, key):
                 ax.plot(values, [place] * len(values), ".", color="0.7", markersize=4, zorder=1)
-            means = mean_by_case(rows, name, key)
-            ax.plot(means, [place] * len(means), "o", color="tab:blue", markersize=5, zorder=2)
-            ax.plot(
-                statistics.mean(means),
-                place,
-                "|",
-                color="tab:red",
-                markersize=18,
-                markeredgewidth=2.5,
-                zorder=3,
-            )
+            layers = means(rows, name, key)
+            ax.plot(layers, [place] * len(layers), "o", color="tab:blue", markersize=5, zorder=2)
+            red = {"color": "tab:red", "markersize": 18, "markeredgewidth": 2.5, "zorder": 3}
+            ax.plot(statistics.mean(layers), place, "|", **red)
         ax.set_title(title)
         ax.grid(axis="x", alpha=0.4)
     axes[0].set_yticks(range(len(names)), names)

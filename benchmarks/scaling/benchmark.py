@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,9 +21,11 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from memory import peak_memory
 from published import synthetic_activations
 
 import snmf_kernels
+from snmf_interp.files import write_json
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -80,49 +80,20 @@ def encode_speed(d: int = 2048, k: int = 100, n: int = 40_000) -> dict[str, floa
     }
 
 
-MEASURE_PEAK = """
-import sys, torch, snmf_kernels
-d, n, k = map(int, sys.argv[1:])
-def kilobytes(key):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
-# Code, thread pools and buffers that do not depend on the problem are there before.
-snmf_kernels.fit(torch.rand(300, 64).T, 5, max_iter=8)
-before = kilobytes("VmRSS")
-A = torch.empty(n, d).normal_().T
-open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
-factors = snmf_kernels.fit(A, k)
-print(1024 * (kilobytes("VmHWM") - before), factors.n_iter)
-"""
-
-
-def peak_memory(d: int, n: int, k: int) -> dict[str, float]:
-    """Peak resident memory of a fit, A included, over that of A and Y; Linux only."""
-    printed = subprocess.run(
-        [sys.executable, "-c", MEASURE_PEAK, str(d), str(n), str(k)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    peak = int(printed.split()[0])
-    return {"d": d, "n": n, "k": k, "peak_bytes": peak, "ratio": peak / (4 * n * (d + k))}
-
-
 def run() -> None:
     stored = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"passes": []}
     stored |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-
-    def keep() -> None:
-        temporary = RESULTS.with_suffix(".tmp")
-        temporary.write_text(json.dumps(stored, indent=0))
-        os.replace(temporary, RESULTS)
 
     if "encode" not in stored:
         stored["encode"] = encode_speed()
         print(stored["encode"], flush=True)
     if "memory" not in stored:
-        stored["memory"] = [peak_memory(*case) for case in MEMORY]
+        stored["memory"] = []
+        for d, n, k in MEMORY:
+            peak, ratio = peak_memory(d, n, k)
+            stored["memory"].append({"d": d, "n": n, "k": k, "peak_bytes": peak, "ratio": ratio})
         print(stored["memory"], flush=True)
-    keep()
+    write_json(RESULTS, stored)
     done = {(row["d"], row["n"], row["k"]) for row in stored["passes"]}
     for d in D:
         for n in N:
@@ -133,7 +104,7 @@ def run() -> None:
                 if (d, n, k) not in done:
                     stored["passes"].append({"d": d, "n": n, "k": k} | measure(A, k))
                     print(stored["passes"][-1], flush=True)
-                    keep()
+                    write_json(RESULTS, stored)
 
 
 def table(stored: dict[str, Any]) -> str:

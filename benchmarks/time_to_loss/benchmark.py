@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -34,6 +33,7 @@ from published import PublishedLoop
 from real_activations import CASES, activations
 
 import snmf_kernels
+from snmf_interp.files import write_json
 
 HERE = Path(__file__).parent
 CURVES, TIMES = HERE / "curves", HERE / "times"
@@ -68,13 +68,6 @@ def curve(model: str, layer: int, k: int, scale: str, seed: int, source: str, it
     return [loop.step() for _ in range(iterations)]
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, path)
-
-
 def cases(ks: list[int], seeds: list[int]) -> list[tuple[str, int, int, str, int]]:
     return [
         (model, layer, k, scale, seed)
@@ -91,7 +84,7 @@ def record_curves(ks: list[int], seeds: list[int], source: str) -> None:
         if path.is_file() and (source == "mu" or json.loads(path.read_text())["source"] == source):
             continue
         losses = curve(*case, source=source, iterations=ITERATIONS)
-        write(path, {"source": source, "n": activations(*case[:2]).shape[1], "losses": losses})
+        write_json(path, {"source": source, "n": activations(*case[:2]).shape[1], "losses": losses})
         print(
             path.stem,
             f"{source}: best {min(losses):.6g} at iteration {losses.index(min(losses)) + 1}",
@@ -172,7 +165,7 @@ def time_all(ks: list[int], seeds: list[int], again: bool) -> None:
         path = TIMES / f"{name_of(*case)}.json"
         if not (CURVES / path.name).is_file() or (path.is_file() and not again):
             continue
-        write(path, measure(case, setting))
+        write_json(path, measure(case, setting))
         found = compare(json.loads((CURVES / path.name).read_text())["losses"], json.loads(path.read_text()))
         print(path.stem, json.dumps({key: round(value, 3) for key, value in found.items()}), flush=True)
 
