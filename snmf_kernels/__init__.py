@@ -7,6 +7,7 @@ from . import ops, reference
 from ._backends import BackendError
 from ._version import __version__
 from .factorization import Certificate, Encoding, Factorization, StopReason
+from .many import FitManyError, fit_many
 from .solver import IterationState, fit
 from .sparse import SparseColumns
 
@@ -15,11 +16,13 @@ __all__ = [
     "Certificate",
     "Encoding",
     "Factorization",
+    "FitManyError",
     "IterationState",
     "SparseColumns",
     "StopReason",
     "__version__",
     "fit",
+    "fit_many",
     "ops",
     "reference",
 ]

@@ -161,7 +161,7 @@ def check_name(backend: str) -> None:
 
 
 class Kernels(NamedTuple):
-    """One function for each operation, and the name of the backend that leads."""
+    """A function for each operation, the name of the backend that leads, and whether a CUDA graph can hold them."""
 
     backend: str
     multiplicative_update: Callable[..., Any]
@@ -172,6 +172,7 @@ class Kernels(NamedTuple):
     column_descent: Callable[..., Any]
     ridge_solve: Callable[..., Any]
     support_solve: Callable[..., Any]
+    recordable: bool
 
 
 def choose_all(
@@ -206,7 +207,12 @@ def choose_all(
         # Composed of what this backend has.
         own = [functions[name] for name in ("multiplicative_update", "coordinate_descent", "sparse_product")]
         functions["coefficient_pass"] = _function("torch", "composed_pass")(*own)
-    return Kernels(chosen["multiplicative_update"] if backend == "auto" else backend, **functions)
+    return Kernels(
+        chosen["multiplicative_update"] if backend == "auto" else backend,
+        **functions,
+        # What plain torch does in an operation may wait for the device.
+        recordable="torch" not in chosen.values(),
+    )
 
 
 def report() -> dict[str, str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 import snmf_kernels._C as _C
 
 from ._checks import dtype_name
+from .reference import dense_product
 from .sparse import PassResult, SparseColumns, Supports
 
 
@@ -87,7 +88,7 @@ def coefficient_pass(
     max_active: int = 0,
     token_weights: Tensor | None = None,
     residual_values: Tensor | None = None,
-    kept_products: bool = False,
+    products: str | None = None,
     measure: bool = False,
 ) -> PassResult:
     Y = _row_contiguous(Y)
@@ -97,7 +98,7 @@ def coefficient_pass(
         None if optional is None else optional.contiguous()
         for optional in (row_scale, shift, feature_norms, token_weights, residual_values)
     )
-    AYt = torch.empty_like(values) if kept_products else None
+    AYt = torch.empty_like(values) if products == "kept" else None
     d, n = A.shape
     sums = _C.coefficient_pass(
         _name(Y), _name(A), A.data_ptr(), A.stride(0), A.stride(1), d, n, indices.data_ptr(), values.data_ptr(),
@@ -107,7 +108,9 @@ def coefficient_pass(
     )  # fmt: skip
     if target is not out:
         out.copy_(target)
-    return PassResult(AYt, *sums)
+    if products == "all":
+        AYt = dense_product(out, A, token_weights)
+    return PassResult.of_sums(AYt, torch.tensor(sums, dtype=torch.float64, device="cpu"))
 
 
 def _address(optional: Tensor | None) -> int:

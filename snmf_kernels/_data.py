@@ -14,13 +14,11 @@ from torch import Tensor
 
 from ._backends import Kernels
 from ._checks import dtype_name
+from .reference import dense_product, token_blocks
 from .sparse import PassResult, SparseColumns
 
-# Elements of A that are converted at a time, and squared in float64: on a CPU these temporaries should stay in cache,
-# and small beside A; on a GPU each block costs a few launches.
-_BLOCK_ELEMENTS = {"cpu": 1 << 18}
+# Elements of A that are squared in float64 at a time.
 _SQUARE_ELEMENTS = {"cpu": 1 << 16}
-_GPU_BLOCK_ELEMENTS = 1 << 22
 # Gram matrices of at least so many rows are computed as their upper blocks only.
 _BLOCKED_GRAM, _GRAM_BLOCK = 192, 96
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -145,9 +143,9 @@ class DataMatrix:
         self.scale = scale
         self._inverse_scale = 1 / scale
 
-    def squared_norm(self) -> float:
-        """``‖A‖²_F`` of the matrix this stands for, tokens weighted."""
-        return float((self.row_squares * self._row_weights()).sum())
+    def squared_norm(self) -> Tensor:
+        """``‖A‖²_F`` of the matrix this stands for, tokens weighted; a tensor without dimensions."""
+        return (self.row_squares * self._row_weights()).sum()
 
     def columns(self, tokens: Tensor) -> Tensor:
         """A copy of the columns of some tokens, converted and scaled, ``[d, len(tokens)]``."""
@@ -159,13 +157,7 @@ class DataMatrix:
 
     def times(self, right: Tensor, weights: Tensor | None = None) -> Tensor:
         """``(A diag(weights) right)ᵀ`` for ``right [n, r]``, as ``[r, d]``: a feature's neurons lie together."""
-        if self.A.dtype == self.dtype and weights is None:
-            product = right.T @ self.A.T
-        else:
-            product = torch.zeros(right.shape[1], self.d, dtype=self.dtype, device=self.device)
-            for tokens, block in self._raw_blocks():
-                part = right[tokens].T if weights is None else right[tokens].T * weights[tokens]
-                product.addmm_(part, block.to(self.dtype).T)
+        product = dense_product(right.T, self.A, weights)
         return product if self._inverse_scale is None else product.mul_(self._inverse_scale)
 
     def transposed_times(self, left: Tensor) -> Tensor:
@@ -205,7 +197,15 @@ class DataMatrix:
         return gram
 
     def coefficient_pass(
-        self, Z: SparseColumns, ZtZ: Tensor, Y: Tensor, sweeps: int, *, residual: bool = False, **options: Any
+        self,
+        Z: SparseColumns,
+        ZtZ: Tensor,
+        Y: Tensor,
+        sweeps: int,
+        *,
+        residual: bool = False,
+        products: str | None = None,
+        **options: Any,
     ) -> PassResult:
         """``reference.coefficient_pass`` on these activations, for Z and ``AYt`` in their (scaled) units.
 
@@ -219,11 +219,13 @@ class DataMatrix:
             sweeps,
             residual_values=self.unscaled(Z).values if residual else None,
             token_weights=self.token_weights,
+            products=products,
             **options,
         )
         if result.AYt is None or self._inverse_scale is None:
             return result
-        return result._replace(AYt=result.AYt * self._inverse_scale[Z.indices])
+        inverse = self._inverse_scale
+        return result._replace(AYt=result.AYt * (inverse[Z.indices] if products == "kept" else inverse))
 
     def tail_energy(self, k: int) -> float:
         """``Σ_{i>k} σ_i²``, of the singular values of the matrix this stands for, tokens weighted."""
@@ -262,10 +264,7 @@ class DataMatrix:
         return 1.0 if self._inverse_scale is None else self._inverse_scale.to(self.row_squares.dtype).square()
 
     def _raw_blocks(self, elements: dict[str, int] | None = None) -> Iterator[tuple[slice, Tensor]]:
-        sizes = _BLOCK_ELEMENTS if elements is None else elements
-        width = max(1, sizes.get(self.device.type, _GPU_BLOCK_ELEMENTS) // self.d)
-        for start in range(0, self.n, width):
-            tokens = slice(start, min(start + width, self.n))
+        for tokens in token_blocks(self.A, elements):
             yield tokens, self.A[:, tokens]
 
     def _row_squares(self) -> Tensor:

@@ -1,20 +1,23 @@
-"""The iterations of ``fit``: the paper's, and the fast ones. Both see the data through products with it only."""
+"""The iterations of ``fit``: the paper's, and the fast ones. Both see the data through products with it only.
+
+No iteration waits for its device: what it computes stays there, and a :class:`Monitor` reads the losses. On a CPU that
+is at once; on a GPU some iterations late, while later ones are running.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ._checks import dtype_name
-from ._data import precise_dtype, relative
+from ._data import precise_dtype
+from ._monitor import Monitor, too_large
 from ._problem import Problem
-from .factorization import StopReason
+from ._steps import Steps
+from .reference import copy_if
 from .sparse import PassResult, SparseColumns
 
 logger = logging.getLogger(__name__)
@@ -41,206 +44,200 @@ FINAL_TOL, FINAL_SWEEPS = 1e-3, 100
 _SOLVE_ELEMENTS, _SOLVE_SHARE = 1 << 17, 0.01
 
 
-@dataclasses.dataclass(frozen=True)
-class IterationState:
-    """What a callback of ``fit`` is told after each iteration.
+class Iterations(Protocol):
+    """The state of a fit between its iterations."""
 
-    Attributes:
-        n_iter: iterations done, from 1.
-        max_iter: the bound on them.
-        loss: the objective, as in ``Factorization.loss_history``.
-        relative_error: the same divided by the squared norm of the (scaled) data.
-        best_relative_error: the smallest so far.
-    """
+    monitor: Monitor
 
-    n_iter: int
-    max_iter: int
-    loss: float
-    relative_error: float
-    best_relative_error: float
+    def advance(self) -> None:
+        """One iteration more."""
+
+    def finish(self) -> tuple[SparseColumns, Tensor, PassResult]:
+        """The best Z and Y, and a pass that measured them; after the last iteration."""
 
 
-Callback = Callable[[IterationState], Any]
+class PaperIterations:
+    """The paper's five steps (see ``fit``), the loss from Gram matrices."""
 
+    def __init__(self, problem: Problem, Y: Tensor, monitor: Monitor, sweeps: int, steps: Steps) -> None:
+        self.monitor = monitor
+        self._problem, self._sweeps, self._steps = problem, sweeps, steps
+        self._state = steps.state(Y=Y, YYt=problem.data.gram_of_coefficients(Y))
+        self._best = _Best(Y)
+        self._spare: Tensor | None = None
 
-class Monitor:
-    """The losses so far, the best one, and whether to stop."""
+    def advance(self) -> None:
+        """One iteration."""
+        self._steps.run("mu", self._iterate)
+        self.monitor.add(self._state.loss)
 
-    def __init__(
-        self,
-        squared_norm: float,
-        dtype: torch.dtype,
-        max_iter: int,
-        tol: float,
-        patience: int,
-        callbacks: Iterable[Callback],
-    ) -> None:
-        self.losses: list[float] = []
-        self.n_iter = 0
-        self.best = math.inf
-        self.stop_reason: StopReason | None = None
-        self._squared_norm, self._dtype = squared_norm, dtype
-        self._max_iter, self._tol, self._patience = max_iter, tol, patience
-        self._callbacks = tuple(callbacks)
-        # The loss is a difference of sums of this size, which are float64 sums of entries in the working dtype.
-        self._rounding = 8 * torch.finfo(dtype).eps * squared_norm
-        self._reference, self._stale = math.inf, 0
-
-    @property
-    def gain(self) -> float:
-        """By which share the last iteration lowered the loss (0 if it did not)."""
-        if len(self.losses) < 2:
-            return math.inf
-        before, now = self.losses[-2:]
-        return max(0.0, (before - now) / before) if before > 0 else 0.0
-
-    def add(self, loss: float) -> bool:
-        """Takes note of an iteration's loss; whether it is the best so far. Sets ``stop_reason`` when it is time."""
-        if not math.isfinite(loss):
-            raise too_large(self._dtype)
-        loss = max(loss, 0.0)
-        self.losses.append(loss)
-        best = loss < self.best
-        self.best = min(self.best, loss)
-        if loss <= self._reference * (1 - self._tol) and loss < self._reference:
-            self._reference, self._stale = loss, 0
-        else:
-            self._stale += 1
-        self.n_iter += 1
-        state = IterationState(
-            self.n_iter,
-            self._max_iter,
-            loss,
-            relative(loss, self._squared_norm),
-            relative(self.best, self._squared_norm),
-        )
-        # Every callback is told, also after one has asked to stop.
-        asked = [bool(callback(state)) for callback in self._callbacks]
-        if any(asked):
-            self.stop_reason = StopReason.CALLBACK
-        elif self.best <= self._rounding:
-            self.stop_reason = StopReason.EXACT
-        elif self._stale >= self._patience:
-            self.stop_reason = StopReason.CONVERGED
-        elif self.n_iter >= self._max_iter:
-            self.stop_reason = StopReason.MAX_ITER
-        return best
-
-    def add_final(self, loss: float) -> None:
-        """Takes note of the loss after the last sweeps over Y, which no iteration belongs to."""
-        self.losses.append(max(loss, 0.0))
-
-    def restart_patience(self) -> None:
-        """Another phase begins: what the last one failed to gain does not count."""
-        self._stale = 0
-
-
-def paper_iterations(
-    problem: Problem, Y: Tensor, monitor: Monitor, sweeps: int
-) -> tuple[SparseColumns, Tensor, PassResult]:
-    """The paper's five steps (see ``fit``), the loss from Gram matrices; the best pair, and a pass that measures it."""
-    data, kernels = problem.data, problem.data.kernels
-    best: tuple[SparseColumns, Tensor] | None = None
-    spare: Tensor | None = None
-    YYt = data.gram_of_coefficients(Y)
-    while monitor.stop_reason is None:
-        AYt = data.times_coefficients(Y)
-        norms = row_norms(YYt)
-        dense = least_squares_(AYt, YYt, problem)
+    def _iterate(self) -> None:
+        problem, state = self._problem, self._state
+        data, kernels = problem.data, problem.data.kernels
+        AYt = data.times_coefficients(state.Y) if state.AYt is None else state.AYt.clone()
+        norms = row_norms(state.YYt)
+        dense = least_squares_(AYt, state.YYt, problem)
         Z = kernels.winner_take_all(dense.T, problem.count)
         del AYt, dense
         Z = Z.scaled_columns(norms)
         ZtZ = problem.gram(Z)
-        # The best Y must survive; any other buffer may be written over.
-        target = Y if best is None or best[1] is not Y else spare
-        target = torch.empty_like(Y) if target is None else target
+        Y = self._target()
         result = data.coefficient_pass(
-            Z, ZtZ, Y, sweeps, out=target, row_scale=1 / norms, multiplicative=True, eps=EPS
-        )
-        spare, Y = (Y if target is not Y else spare), target
+            Z, ZtZ, state.Y, self._sweeps, out=Y, row_scale=1 / norms, multiplicative=True, eps=EPS,
+            products="all" if self._steps.deferred else None,
+        )  # fmt: skip
         YYt = data.gram_of_coefficients(Y)
-        if monitor.add(problem.objective(result, ZtZ, YYt)):
-            if best is not None and best[1] is not Y:
-                spare = best[1]
-            best = (Z, Y)
-    assert best is not None  # the first loss is finite, so below infinity
-    Z, Y = best
-    return Z, Y, data.coefficient_pass(Z, problem.gram(Z), Y, 0, out=Y, residual=True)
+        loss = problem.objective(result, ZtZ, YYt).clamp(min=0)
+        better = self._best.improves(loss)
+        if self._steps.deferred:
+            self._best.copy(better, Z, Y)
+        elif bool(better):
+            self._spare = self._best.Y
+            self._best.Z, self._best.Y = Z, Y
+        state.update(Y=Y, YYt=YYt, AYt=result.AYt, loss=loss)
+
+    def _target(self) -> Tensor:
+        """Where the next Y may be written. The best one must survive; it is not copied where that can be helped."""
+        Y = self._state.Y
+        if self._steps.deferred or self._best.Y is not Y:
+            return Y
+        spare, self._spare = self._spare, None
+        return torch.empty_like(Y) if spare is None else spare
+
+    def finish(self) -> tuple[SparseColumns, Tensor, PassResult]:
+        """The best pair, and a pass that measures it."""
+        self.monitor.finish()
+        Z, Y = self._best.Z, self._best.Y
+        assert Z is not None  # the first loss is finite, so below infinity
+        assert Y is not None
+        data = self._problem.data
+        return Z, Y, data.coefficient_pass(Z, self._problem.gram(Z), Y, 0, out=Y, residual=True)
 
 
-def fast_iterations(
-    problem: Problem, Y: Tensor, monitor: Monitor, sweeps: int, refit: bool | str
-) -> tuple[SparseColumns, Tensor, PassResult]:
-    """Coordinate descent over Y, in place, and three kinds of steps for Z; the last pass, on the best Z.
+class FastIterations:
+    """Coordinate descent over Y, in place, and three kinds of steps for Z.
 
     *explore*: the paper's least squares and winner-take-all. It finds supports, but may raise the loss. *choose*:
     column descent, which never does, then least squares of each neuron on its support. *frozen*: the latter only, from
-    those entries of A Yᵀ that the pass before gave, so that there is no dense product with A.
+    those entries of A Yᵀ that the pass before gave, so that a CPU needs no dense product with A.
 
     Rows of Y are taken at unit norm throughout the steps for Z, so that a ridge means the same for each of them.
     """
-    data, kernels, fixed = problem.data, problem.data.kernels, problem.n_fixed
-    steps = _Schedule(refit, monitor)
-    Z: SparseColumns | None = None  # free features
-    best_Z: SparseColumns | None = None
-    best_Y: Tensor | None = None
-    kept: Tensor | None = None
-    YYt = data.gram_of_coefficients(Y)
-    while monitor.stop_reason is None:
-        norms = row_norms(YYt)
-        norms[:fixed] = 1
-        G = YYt / (norms[:, None] * norms)
-        step = steps.next(may_freeze=kept is not None)
+
+    def __init__(
+        self, problem: Problem, Y: Tensor, monitor: Monitor, sweeps: int, refit: bool | str, steps: Steps
+    ) -> None:
+        self.monitor = monitor
+        self._problem, self._sweeps, self._steps = problem, sweeps, steps
+        self._schedule = _Schedule(refit, monitor)
+        self._state = steps.state(Y=Y, YYt=problem.data.gram_of_coefficients(Y))
+        self._best = _Best(Y)
+        # Which features a token uses cannot be found again from Z, as the optimum over all of them can.
+        self._keeps_Y = 0 < problem.max_active < len(Y)
+
+    def advance(self) -> None:
+        """One iteration."""
+        step = self._schedule.next(may_freeze=self._state.AYt is not None)
+        products = "all" if self._steps.deferred else "kept" if self._schedule.may_freeze else None
+        self._steps.run(step, lambda: self._iterate(step, products))
+        self.monitor.add(self._state.loss)
+
+    def _iterate(self, step: str, products: str | None) -> None:
+        problem, state = self._problem, self._state
+        norms = row_norms(state.YYt)
+        norms[: problem.n_fixed] = 1
+        free = norms[problem.n_fixed :]
+        G = state.YYt / (norms[:, None] * norms)
+        G_free = G[problem.n_fixed :, problem.n_fixed :]
         if step == "frozen":
-            assert Z is not None
-            assert kept is not None
-            B = (kept / norms[:, None])[fixed:, : problem.count]
-            if problem.fixed is not None:
-                B = B - Z.gather(_fixed_part(problem.fixed, G))
-            Z = refit_on_support(Z.scaled_columns(norms[fixed:]), B, G[fixed:, fixed:], problem)
+            Z = state.features().scaled_columns(free)
+            Z = refit_on_support(Z, self._kept_products(Z, G, norms), G_free, problem)
         else:
-            AYt = data.times_coefficients(Y).div_(norms[:, None])[fixed:]
-            if problem.fixed is not None:
-                AYt -= _fixed_part(problem.fixed, G)
+            AYt = self._free_products(G, norms)
             if step == "explore":
-                dense = least_squares_(AYt, G[fixed:, fixed:], problem)
-                Z = kernels.winner_take_all(dense.T, problem.count)
+                dense = least_squares_(AYt, G_free, problem)
+                Z = problem.data.kernels.winner_take_all(dense.T, problem.count)
                 del dense
             else:
-                assert Z is not None
-                Z = kernels.column_descent(
-                    Z.scaled_columns(norms[fixed:]), AYt, G[fixed:, fixed:], COLUMN_SWEEPS
-                )
-                Z = refit_on_support(Z, Z.gather(AYt), G[fixed:, fixed:], problem)
+                Z = state.features().scaled_columns(free)
+                Z = problem.data.kernels.column_descent(Z, AYt, G_free, COLUMN_SWEEPS)
+                Z = refit_on_support(Z, Z.gather(AYt), G_free, problem)
             del AYt
+        self._update_coefficients(Z, norms, products)
+
+    def _update_coefficients(self, Z: SparseColumns, norms: Tensor, products: str | None) -> None:
+        problem, Y = self._problem, self._state.Y
         features = problem.all_features(Z)
         ZtZ = problem.gram(features)
         result = problem.update_coefficients(
-            features,
-            ZtZ,
-            Y,
-            sweeps,
-            out=Y,
-            row_scale=1 / norms,
-            tol=SWEEP_TOL,
-            kept_products=steps.may_freeze,
+            features, ZtZ, Y, self._sweeps, out=Y, row_scale=1 / norms, tol=SWEEP_TOL, products=products
         )
-        kept = result.AYt
-        YYt = data.gram_of_coefficients(Y)
-        if monitor.add(problem.objective(result, ZtZ, YYt)):
-            best_Z = Z
-            if 0 < problem.max_active < len(Y):
-                # Which features a token uses cannot be found again from Z, as the optimum over all of them can.
-                best_Y = Y.clone() if best_Y is None else best_Y.copy_(Y)
-    assert best_Z is not None
-    features = problem.all_features(best_Z)
-    ZtZ = problem.gram(features)
-    Y, final_sweeps = (Y, FINAL_SWEEPS) if best_Y is None else (best_Y, 0)
-    result = problem.update_coefficients(
-        features, ZtZ, Y, final_sweeps, out=Y, tol=FINAL_TOL, measure=True, residual=True
-    )
-    monitor.add_final(problem.objective(result, ZtZ, data.gram_of_coefficients(Y)))
-    return features, Y, result
+        YYt = problem.data.gram_of_coefficients(Y)
+        loss = problem.objective(result, ZtZ, YYt).clamp(min=0)
+        self._best.copy(self._best.improves(loss), Z, Y if self._keeps_Y else None)
+        self._state.update(YYt=YYt, AYt=result.AYt, Z=Z, loss=loss)
+
+    def _free_products(self, G: Tensor, norms: Tensor) -> Tensor:
+        """``(A Yᵀ)ᵀ`` of the free features, for rows of Y at unit norm, less what fixed features take of it."""
+        state, fixed = self._state, self._problem.fixed
+        if self._steps.deferred and state.AYt is not None:
+            AYt = state.AYt / norms[:, None]
+        else:
+            AYt = self._problem.data.times_coefficients(state.Y).div_(norms[:, None])
+        AYt = AYt[self._problem.n_fixed :]
+        if fixed is not None:
+            AYt -= _fixed_part(fixed, G)
+        return AYt
+
+    def _kept_products(self, Z: SparseColumns, G: Tensor, norms: Tensor) -> Tensor:
+        """The entries of :meth:`_free_products` that Z keeps, from the pass before."""
+        if self._steps.deferred:
+            return Z.gather(self._free_products(G, norms))
+        assert self._state.AYt is not None
+        kept = (self._state.AYt / norms[:, None])[self._problem.n_fixed :, : self._problem.count]
+        fixed = self._problem.fixed
+        return kept if fixed is None else kept - Z.gather(_fixed_part(fixed, G))
+
+    def finish(self) -> tuple[SparseColumns, Tensor, PassResult]:
+        """The best Z, the optimal Y on it, and the pass that measured them."""
+        self.monitor.finish()
+        problem, best = self._problem, self._best
+        assert best.Z is not None
+        features = problem.all_features(best.Z)
+        ZtZ = problem.gram(features)
+        Y, sweeps = (self._state.Y, FINAL_SWEEPS) if best.Y is None else (best.Y, 0)
+        result = problem.update_coefficients(
+            features, ZtZ, Y, sweeps, out=Y, tol=FINAL_TOL, measure=True, residual=True
+        )
+        YYt = problem.data.gram_of_coefficients(Y)
+        self.monitor.add_final(problem.objective(result, ZtZ, YYt))
+        return features, Y, result
+
+
+class _Best:
+    """The smallest loss so far, and the factors that have it."""
+
+    def __init__(self, Y: Tensor) -> None:
+        self.Z: SparseColumns | None = None
+        self.Y: Tensor | None = None
+        self._loss = torch.full((), math.inf, dtype=precise_dtype(Y.device), device=Y.device)
+
+    def improves(self, loss: Tensor) -> Tensor:
+        """Whether a loss is the smallest so far, which it is from now on: a bool without dimensions."""
+        better = loss < self._loss
+        self._loss.copy_(torch.minimum(self._loss, loss))
+        return better
+
+    def copy(self, better: Tensor, Z: SparseColumns, Y: Tensor | None) -> None:
+        """Keeps copies of these factors if ``better``."""
+        if self.Z is None:
+            self.Z = SparseColumns(Z.indices.clone(), Z.values.clone(), Z.d)
+            self.Y = None if Y is None else Y.clone()
+            return
+        copy_if(better, Z.indices, self.Z.indices)
+        copy_if(better, Z.values, self.Z.values)
+        if Y is not None and self.Y is not None:
+            copy_if(better, Y, self.Y)
 
 
 class _Schedule:
@@ -289,7 +286,7 @@ def refit_on_support(Z: SparseColumns, AYt_kept: Tensor, YYt: Tensor, problem: P
     solved, info = problem.data.kernels.support_solve(
         YYt.to(precise), supports, AYt_kept.flatten()[order].to(precise), problem.ridge
     )
-    failed = (info != 0).repeat_interleave(supports.offsets.diff())
+    failed = (info != 0).repeat_interleave(supports.offsets.diff(), output_size=len(order))
     values = torch.empty_like(Z.values).flatten()
     values[order] = torch.where(failed, Z.values.flatten()[order], solved.to(values.dtype))
     return SparseColumns(Z.indices, values.view_as(Z.values), Z.d)
@@ -333,11 +330,3 @@ def row_norms(YYt: Tensor) -> Tensor:
     """Norms of the rows of Y; 1 for a row of zeros."""
     norms = torch.diagonal(YYt).sqrt()
     return torch.where(norms > 0, norms, 1)
-
-
-def too_large(dtype: torch.dtype) -> FloatingPointError:
-    """The error for sums that overflow."""
-    return FloatingPointError(
-        f"the solver's sums are not finite in {dtype_name(dtype)}: the values of A, or of a given "
-        "start, are too large; divide them by their largest magnitude, or pass dtype=torch.float64"
-    )

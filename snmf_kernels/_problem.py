@@ -72,7 +72,7 @@ class Problem:
             **options,
         )
 
-    def objective(self, result: PassResult, ZtZ: Tensor, YYt: Tensor) -> float:
+    def objective(self, result: PassResult, ZtZ: Tensor, YYt: Tensor) -> Tensor:
         """The objective from a pass's sums and Gram matrices: ``‖A‖² − 2⟨ZtA − shift, Y⟩ + ⟨ZtZ + penalty, Y Yᵀ⟩``."""
         squared = dot(ZtZ, YYt) + self.l2 * dot(torch.diagonal(ZtZ), torch.diagonal(YYt))
         return self.data.squared_norm() + squared - 2 * result.dot
@@ -93,13 +93,13 @@ class Problem:
             result = self.update_coefficients(
                 Z, ZtZ, Y, sweeps_left, out=Y, tol=sweep_tol, measure=True, residual=True
             )
-            if not math.isfinite(result.dot):
+            if not math.isfinite(float(result.dot)):
                 raise FloatingPointError(
                     f"A: its products with Z are not finite in {dtype_name(data.dtype)}; "
                     "divide A by its largest magnitude, or fit with dtype=torch.float64"
                 )
             residual = kkt_residual(result)
-            sweeps_left -= result.sweeps
+            sweeps_left -= int(result.sweeps)
             if residual <= tol or sweeps_left <= 0:
                 return Y, residual, result
             # A sweep changes a token by about what it is from its optimum, where convergence is slow by less.
@@ -113,12 +113,12 @@ def kept_count(keep: float, d: int) -> int:
 
 def kkt_residual(measured: PassResult) -> float:
     """``‖min(Y, (ZtZ Y − ZtA) / diag(ZtZ))‖ / ‖Y‖``; zero where Y = 0 is the optimum."""
-    violation = math.sqrt(measured.violation)
+    violation = math.sqrt(float(measured.violation))
     # Written so that NaN is passed on.
-    return 0.0 if violation == 0 else violation / max(math.sqrt(measured.squared_norm), 1e-300)
+    return 0.0 if violation == 0 else violation / max(math.sqrt(float(measured.squared_norm)), 1e-300)
 
 
-def dot(left: Tensor, right: Tensor) -> float:
-    """Sum of products in float64 (float32 where the device has no more)."""
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """Sum of products in float64 (float32 where the device has no more), a tensor without dimensions."""
     precise = precise_dtype(left.device)
-    return float((left.to(precise) * right.to(precise)).sum())
+    return (left.to(precise) * right.to(precise)).sum()

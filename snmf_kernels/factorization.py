@@ -176,7 +176,7 @@ class Factorization:
         return Encoding(
             Y=Y.numpy() if isinstance(A, np.ndarray) else Y,
             kkt_residual=residual,
-            relative_error=relative(measured.residual, measured.data),
+            relative_error=relative(float(measured.residual), float(measured.data)),
         )
 
     def certificate(
@@ -209,8 +209,9 @@ class Factorization:
             ZtZ = problem.gram(features)
             measured = problem.update_coefficients(features, ZtZ, Y, 0, out=torch.empty_like(Y), measure=True)
             AYt, YYt = data.times_coefficients(Y), data.gram_of_coefficients(Y)
-            squared_norm = data.squared_norm()
-            loss = max(0.0, squared_norm + dot(ZtZ, YYt) - 2 * dot(features.gather(AYt), features.values))
+            squared_norm = float(data.squared_norm())
+            explained = 2 * dot(features.gather(AYt), features.values) - dot(ZtZ, YYt)
+            loss = max(0.0, squared_norm - float(explained))
             gains = _gains_of_choosing_anew(features, AYt, YYt, problem.count)[
                 self.options.get("n_fixed", 0) :
             ]

@@ -110,7 +110,7 @@ def coefficient_pass(
     shift: Tensor | None = None,
     max_active: int = 0,
     token_weights: Tensor | None = None,
-    kept_products: bool = False,
+    products: str | None = None,
     measure: bool = False,
     residual: bool = False,
     backend: str = "auto",
@@ -134,7 +134,8 @@ def coefficient_pass(
             features, and sweep again over those. 0: any number.
         token_weights: ``[n]``: the weights of the tokens in the sums of the result. They do not change Y, since
             each token's optimum is its own.
-        kept_products: whether ``AYt``, the entries of ``A diag(token_weights) Yᵀ`` where Z keeps some, is wanted.
+        products: what is wanted as ``AYt``: ``"kept"`` for the entries of ``(A diag(token_weights) Yᵀ)ᵀ`` where Z keeps
+            some, ``"all"`` for the whole ``[k, d]``, or None.
         measure: whether ``violation``, the distance from the optimality conditions, is wanted.
         residual: whether ``residual`` and ``data``, ``‖A − Z Y‖²`` and ``‖A‖²``, are wanted.
         backend: ``"auto"``, ``"cpp"`` or ``"torch"``.
@@ -161,13 +162,13 @@ def coefficient_pass(
             raise ValueError(f"{name}: wanted a number >= 0, got {value}")
     if measure and multiplicative:
         raise ValueError("measure: wanted False with multiplicative sweeps; measure with a pass of 0 sweeps")
+    if products not in (None, "kept", "all"):
+        raise ValueError(f"products: wanted None, 'kept' or 'all', got {products!r}")
     out, AYt, sums = _coefficient_pass(
         Y, Z.indices, Z.values, A, ZtZ, sweeps, multiplicative, eps, tol, shift, max_active, token_weights,
-        kept_products, measure, residual, backend,
+        products, measure, residual, backend,
     )  # fmt: skip
-    dot, violation, squared_norm, squared_residual, data, most_sweeps = sums.tolist()
-    kept = AYt if kept_products else None
-    return out, PassResult(kept, dot, violation, squared_norm, squared_residual, data, int(most_sweeps))
+    return out, PassResult.of_sums(AYt if products else None, sums)
 
 
 def column_descent(
@@ -362,7 +363,7 @@ def _coefficient_pass(
     shift: Tensor | None,
     max_active: int,
     token_weights: Tensor | None,
-    kept_products: bool,
+    products: str | None,
     measure: bool,
     residual: bool,
     backend: str,
@@ -384,12 +385,14 @@ def _coefficient_pass(
         max_active=max_active,
         token_weights=token_weights,
         residual_values=values if residual else None,
-        kept_products=kept_products,
+        products=products,
         measure=measure,
     )
-    # Sums are taken to the host anyway.
-    totals = torch.tensor(sums, dtype=torch.float64, device="cpu")
-    return out, values.new_zeros(0, 0) if AYt is None else AYt, totals
+    return (
+        out,
+        values.new_zeros(0, 0) if AYt is None else AYt,
+        torch.stack([number.double() for number in sums]),
+    )
 
 
 @torch.library.custom_op("snmf_kernels::column_descent", mutates_args=())
@@ -450,13 +453,13 @@ def _(
     shift: Tensor | None,
     max_active: int,
     token_weights: Tensor | None,
-    kept_products: bool,
+    products: str | None,
     measure: bool,
     residual: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    AYt = values.new_empty(values.shape if kept_products else (0, 0))
-    return Y.new_empty(Y.shape), AYt, torch.empty(6, dtype=torch.float64, device="cpu")
+    shape = {None: (0, 0), "kept": values.shape, "all": (values.shape[0], A.shape[0])}[products]
+    return Y.new_empty(Y.shape), values.new_empty(shape), Y.new_empty(6, dtype=torch.float64)
 
 
 @_column_descent.register_fake

@@ -9,15 +9,22 @@ Notation: activations ``A [d, n]``, features ``Z [d, k]``, coefficients ``Y [k, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from .sparse import PassResult, SparseColumns, Supports
 
-# Elements of A that a pass handles at a time.
-_BLOCK_ELEMENTS = 1 << 20
+# Elements of A that a pass handles at a time: on a GPU as many as stay in its cache between the products of a pass.
+_PASS_ELEMENTS = {"cpu": 1 << 20}
+_GPU_PASS_ELEMENTS = 1 << 23
+# Elements of A that are converted at a time: on a CPU these temporaries should stay in cache, and small beside A; on a
+# GPU each block costs a few launches.
+_BLOCK_ELEMENTS = {"cpu": 1 << 18}
+_GPU_BLOCK_ELEMENTS = 1 << 22
+# Sweeps after which a GPU is asked whether every token is done: asking waits for it.
+_ASK_EVERY = 16
 
 
 def multiplicative_update(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, eps: float = 1e-6, sweeps: int = 1) -> Tensor:
@@ -63,6 +70,28 @@ def sparse_product(Z: SparseColumns, A: Tensor) -> Tensor:
     return Z.to_dense().T @ A.to(Z.values.dtype)
 
 
+def dense_product(Y: Tensor, A: Tensor, token_weights: Tensor | None = None) -> Tensor:
+    """``(A diag(token_weights) Yᵀ)ᵀ [k, d]`` for ``Y [k, n]``, in the dtype of Y, and ``A [d, n]`` of any.
+
+    As ``[k, d]``, so that a feature's neurons lie together. A is converted block by block, where that is needed.
+    """
+    if A.dtype == Y.dtype and token_weights is None:
+        return Y @ A.T
+    product = Y.new_zeros(len(Y), len(A))
+    for tokens in token_blocks(A):
+        weighted = Y[:, tokens] if token_weights is None else Y[:, tokens] * token_weights[tokens]
+        product.addmm_(weighted, A[:, tokens].to(Y.dtype).T)
+    return product
+
+
+def token_blocks(A: Tensor, elements: dict[str, int] | None = None) -> Iterator[slice]:
+    """Ranges of tokens whose part of A has about so many elements, by device; not given: as suits a conversion."""
+    most = (elements or _BLOCK_ELEMENTS).get(A.device.type, _GPU_BLOCK_ELEMENTS)
+    width = max(1, most // max(1, A.shape[0]))
+    for start in range(0, A.shape[1], width):
+        yield slice(start, min(start + width, A.shape[1]))
+
+
 def composed_pass(
     update: Callable[..., Tensor], descend: Callable[..., Tensor], product: Callable[..., Tensor]
 ) -> Callable[..., PassResult]:
@@ -85,7 +114,7 @@ def composed_pass(
         max_active: int = 0,
         token_weights: Tensor | None = None,
         residual_values: Tensor | None = None,
-        kept_products: bool = False,
+        products: str | None = None,
         measure: bool = False,
     ) -> PassResult:
         """One pass over ``A [d, n]`` for fixed Z: ``sweeps`` sweeps over ``Y [k, n]``, written to ``out``.
@@ -107,16 +136,19 @@ def composed_pass(
             token_weights: ``[n]``, weights of the tokens in ``AYt`` and ``dot``.
             residual_values: ``[k, count]``, the kept entries of Z in the units of A (where Z and A are scaled apart):
                 the residual is measured with them.
-            kept_products: whether ``A diag(token_weights) Yᵀ`` is wanted at the kept entries.
+            products: what of ``(A diag(token_weights) Yᵀ)ᵀ`` is wanted: ``"kept"`` for its entries at the kept places,
+                ``"all"`` for ``[k, d]``, or None.
             measure: whether the violation of the optimality conditions is wanted.
         """
-        AYt = torch.zeros_like(Z.values) if kept_products else None
-        dot = violation = squared_norm = residual = data = 0.0
-        most_sweeps = 0
-        Z_out = None if residual_values is None else SparseColumns(Z.indices, residual_values, Z.d).to_dense()
         precise = torch.float32 if Y.device.type == "mps" else torch.float64
+        dot, violation, squared_norm, residual, data = torch.zeros(5, dtype=precise, device=Y.device).unbind()
+        most_sweeps = torch.zeros((), dtype=torch.int64, device=Y.device)
+        AYt = None
+        if products:
+            AYt = torch.zeros_like(Z.values) if products == "kept" else Z.values.new_zeros(Z.k, Z.d)
+        Z_out = None if residual_values is None else SparseColumns(Z.indices, residual_values, Z.d).to_dense()
         rounds = 2 if 0 < max_active < Y.shape[0] else 1
-        width = max(1, _BLOCK_ELEMENTS // A.shape[0])
+        width = max(1, _PASS_ELEMENTS.get(A.device.type, _GPU_PASS_ELEMENTS) // A.shape[0])
         for start in range(0, A.shape[1], width):
             tokens = slice(start, start + width)
             block, y = A[:, tokens], Y[:, tokens]
@@ -141,31 +173,48 @@ def composed_pass(
                 if tol <= 0:
                     y = descend(y, p, ZtZ, sweeps)
                     continue
-                for sweep in range(sweeps):
-                    before, y = y, descend(y, p, ZtZ, 1)
-                    most_sweeps = max(most_sweeps, round_ * sweeps + sweep + 1)
-                    if float((y - before).norm()) <= tol * float(y.norm()):
-                        break
+                y, taken = _sweeps_until_settled(descend, y, p, ZtZ, sweeps, tol)
+                most_sweeps = torch.maximum(most_sweeps, round_ * sweeps + taken)
             out[:, tokens] = y
             weighted = y if token_weights is None else y * token_weights[tokens]
-            dot += float((p.to(precise) * weighted.to(precise)).sum())
-            squared_norm += float(y.to(precise).square().sum())
+            dot = dot + (p.to(precise) * weighted.to(precise)).sum()
+            squared_norm = squared_norm + y.to(precise).square().sum()
             if measure:
-                diagonal = torch.diagonal(ZtZ)
-                alive = diagonal > 0
-                step = (ZtZ[alive] @ y - p[alive]) / diagonal[alive, None]
-                violation += float(torch.minimum(y[alive], step).to(precise).square().sum())
+                diagonal = torch.diagonal(ZtZ)[:, None]
+                step = (ZtZ @ y - p) / diagonal
+                distance = torch.where(diagonal > 0, torch.minimum(y, step), 0)
+                violation = violation + distance.to(precise).square().sum()
             if Z_out is not None:
                 weights = 1.0 if token_weights is None else token_weights[tokens].to(precise)
                 converted = block.to(y.dtype)
-                data += float((converted.to(precise).square() * weights).sum())
-                residual += float(((converted - Z_out @ y).to(precise).square() * weights).sum())
+                data = data + (converted.to(precise).square() * weights).sum()
+                residual = residual + ((converted - Z_out @ y).to(precise).square() * weights).sum()
             if AYt is not None:
-                AYt += Z.gather(weighted @ block.to(y.dtype).T)
-        most_sweeps = most_sweeps if tol > 0 and not multiplicative else rounds * sweeps
+                product_of_block = weighted @ block.to(y.dtype).T
+                AYt += Z.gather(product_of_block) if products == "kept" else product_of_block
+        if multiplicative or tol <= 0:
+            most_sweeps = most_sweeps + rounds * sweeps
         return PassResult(AYt, dot, violation, squared_norm, residual, data, most_sweeps)
 
     return coefficient_pass
+
+
+def _sweeps_until_settled(
+    descend: Callable[..., Tensor], y: Tensor, p: Tensor, ZtZ: Tensor, sweeps: int, tol: float
+) -> tuple[Tensor, Tensor]:
+    """y after sweeps until one changes it by no more than ``tol ‖y‖``, and how many that were."""
+    settled = torch.zeros((), dtype=torch.bool, device=y.device)
+    taken = torch.zeros((), dtype=torch.int64, device=y.device)
+    every = 1 if y.device.type == "cpu" else _ASK_EVERY
+    for sweep in range(sweeps):
+        if sweep and sweep % every == 0 and bool(settled):
+            break
+        swept = descend(y, p, ZtZ, 1)
+        taken = taken + ~settled
+        settled_now = (swept - y).norm() <= tol * swept.norm()
+        y = torch.where(settled, y, swept)
+        settled = settled | settled_now
+    return y, taken
 
 
 coefficient_pass = composed_pass(multiplicative_update, coordinate_descent, sparse_product)
@@ -243,3 +292,8 @@ def ridge_solve(G: Tensor, B: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tens
     factor, info = torch.linalg.cholesky_ex(lower)
     X = torch.cholesky_solve(B, factor)
     return torch.where((info == 0)[:, None, None], X, torch.nan), info.to(torch.int32)
+
+
+def copy_if(flag: Tensor, source: Tensor, target: Tensor) -> None:
+    """``target ← source`` if ``flag``, a bool without dimensions, is set; a GPU is not waited for."""
+    target.copy_(torch.where(flag, source, target))

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import _backends, _checks, _loop
+from . import _backends, _checks
 from ._data import DataMatrix, as_matrix, as_weights, full_precision, relative
-from ._loop import Callback, IterationState, Monitor
+from ._loop import FastIterations, Iterations, PaperIterations
+from ._monitor import Callback, IterationState, Monitor
 from ._problem import Problem, kept_count
+from ._steps import Steps, lag_on
 from .factorization import Factorization, sparse_features
 from .init import FLOOR, INITS, kmeans_centroids
 from .sparse import PassResult, SparseColumns
@@ -198,6 +201,78 @@ def fit(
         TypeError, ValueError: an argument is not as described; the text names it.
         BackendError: the named backend cannot run here; the text says why.
     """
+    with Progress(progress, "snmf_kernels.fit") as bar:
+        task = prepare(
+            A, k, keep=keep, solver=solver, refit=refit, sweeps=sweeps, init=init, neuron_scale=neuron_scale,
+            l1=l1, l2=l2, max_active=max_active, fixed=fixed, token_weights=token_weights, ridge=ridge,
+            max_iter=max_iter, tol=tol, patience=patience, seed=seed, device=device, dtype=dtype, backend=backend,
+            callbacks=(*bar.callbacks, *([callback] if callback else ())),
+        )  # fmt: skip
+        while task.wants_more:
+            task.advance()
+        return task.result()
+
+
+class Task:
+    """A fit that goes on iteration by iteration, so that several may take turns."""
+
+    def __init__(
+        self, problem: Problem, Y: Tensor, monitor: Monitor, options: Options, *, as_numpy: bool
+    ) -> None:
+        self._problem, self._options, self._as_numpy = problem, options, as_numpy
+        data = problem.data
+        steps = Steps(data.device, recordable=data.kernels.recordable)
+        self._iterations: Iterations
+        if options.solver == "mu":
+            self._iterations = PaperIterations(problem, Y, monitor, options.sweeps, steps)
+        else:
+            self._iterations = FastIterations(problem, Y, monitor, options.sweeps, options.refit, steps)
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether to call :meth:`advance` again."""
+        return self._iterations.monitor.wants_more
+
+    def advance(self) -> None:
+        """One iteration; raises FloatingPointError where sums have left the range of the dtype."""
+        with full_precision(self._problem.data.device):
+            self._iterations.advance()
+
+    def result(self) -> Factorization:
+        """The factors, after the last iteration."""
+        with full_precision(self._problem.data.device):
+            Z, Y, measured = self._iterations.finish()
+            monitor = self._iterations.monitor
+            logger.debug("fit stopped after %d iterations: %s", monitor.n_iter, monitor.stop_reason)
+            return _result(self._problem, Z, Y, measured, monitor, self._options, as_numpy=self._as_numpy)
+
+
+def prepare(
+    A: Tensor | np.ndarray,
+    k: int,
+    *,
+    keep: float,
+    solver: str,
+    refit: bool | str | None,
+    sweeps: int | None,
+    init: str | tuple[Any, Any],
+    neuron_scale: str | None,
+    l1: float,
+    l2: float,
+    max_active: int | None,
+    fixed: Tensor | np.ndarray | None,
+    token_weights: Tensor | np.ndarray | None,
+    ridge: float,
+    max_iter: int | None,
+    tol: float | None,
+    patience: int | None,
+    seed: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    backend: str,
+    callbacks: Iterable[Callback],
+) -> Task:
+    """Checks the arguments of :func:`fit`, and computes the start."""
     matrix = as_matrix("A", A)
     working = _working_dtype(dtype, matrix.dtype)
     if solver not in DEFAULTS:
@@ -231,11 +306,11 @@ def fit(
     )
     matrix = matrix.to(_device(device, matrix.device))
     kernels = _backends.choose_all(matrix.device, working, backend, options.k)
-    with full_precision(matrix.device), _Progress(progress, options.max_iter) as bar:
+    with full_precision(matrix.device):
         data = DataMatrix(matrix, working, kernels, as_weights(token_weights, matrix, working))
         if options.neuron_scale == "rms":
             data.scale_neurons()
-        squared_norm = data.squared_norm()
+        squared_norm = float(data.squared_norm())
         problem = Problem(
             data,
             kept_count(options.keep, data.d),
@@ -246,14 +321,16 @@ def fit(
             fixed=None if fixed_features is None else _fixed(fixed_features, data),
         )
         Y = _start(problem, init, options)
-        callbacks = (*bar.callbacks, *([callback] if callback else []))
-        monitor = Monitor(squared_norm, working, options.max_iter, options.tol, options.patience, callbacks)
-        if solver == "mu":
-            Z, Y, measured = _loop.paper_iterations(problem, Y, monitor, options.sweeps)
-        else:
-            Z, Y, measured = _loop.fast_iterations(problem, Y, monitor, options.sweeps, options.refit)
-        logger.debug("fit stopped after %d iterations: %s", monitor.n_iter, monitor.stop_reason)
-        return _result(problem, Z, Y, measured, monitor, options, as_numpy=isinstance(A, np.ndarray))
+        monitor = Monitor(
+            squared_norm,
+            working,
+            options.max_iter,
+            options.tol,
+            options.patience,
+            callbacks,
+            lag=lag_on(data.device),
+        )
+        return Task(problem, Y, monitor, options, as_numpy=isinstance(A, np.ndarray))
 
 
 def _default_sweeps(most: int, d: int, k: int) -> int:
@@ -367,7 +444,7 @@ def _result(
     return Factorization(
         Z=give(Z),
         Y=give(Y),
-        relative_error=relative(measured.residual, measured.data),
+        relative_error=relative(float(measured.residual), float(measured.data)),
         loss_history=tuple(monitor.losses),
         n_iter=monitor.n_iter,
         stop_reason=monitor.stop_reason,
@@ -378,10 +455,10 @@ def _result(
     )
 
 
-class _Progress:
-    """A tqdm bar over the iterations, or nothing."""
+class Progress:
+    """A tqdm bar, or nothing."""
 
-    def __init__(self, wanted: bool, total: int) -> None:
+    def __init__(self, wanted: bool, name: str, unit: str = "it", total: int | None = None) -> None:
         self._bar: Any = None
         if wanted:
             try:
@@ -389,17 +466,24 @@ class _Progress:
             except ImportError as error:
                 raise ImportError("progress=True needs tqdm: pip install tqdm") from error
             # Asked for by an argument, so the environment's TQDM_DISABLE does not apply.
-            self._bar = tqdm(total=total, desc="snmf_kernels.fit", unit="it", disable=False)
+            self._bar = tqdm(total=total, desc=name, unit=unit, disable=False)
 
     @property
     def callbacks(self) -> tuple[Callback, ...]:
+        """For a bar over the iterations of one fit."""
         return (self._show,) if self._bar is not None else ()
 
+    def advance(self) -> None:
+        """One more of ``total``."""
+        if self._bar is not None:
+            self._bar.update()
+
     def _show(self, state: IterationState) -> None:
+        self._bar.total = state.max_iter
         self._bar.set_postfix(relative_error=f"{state.best_relative_error:.5f}", refresh=False)
         self._bar.update()
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:

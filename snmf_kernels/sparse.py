@@ -79,8 +79,9 @@ class SparseColumns:
     def supports(self) -> tuple[Supports, Tensor]:
         """The kept entries by neuron instead of by feature, and the order ``[k * count]`` that puts them so."""
         rows, order = self.indices.flatten().sort(stable=True)
-        offsets = torch.zeros(self.d + 1, dtype=torch.int64, device=rows.device)
-        torch.cumsum(torch.bincount(rows, minlength=self.d), 0, out=offsets[1:])
+        # Not by bincount, which waits for a GPU to know the largest row.
+        neurons = torch.arange(self.d + 1, device=rows.device)
+        offsets = torch.searchsorted(rows, neurons)
         return Supports(offsets, order // self.indices.shape[1], self.d), order
 
 
@@ -102,8 +103,12 @@ class Supports:
 class PassResult(NamedTuple):
     """What a pass over the activations gives beside the new coefficients.
 
+    The numbers are tensors without dimensions where Y is, so that a GPU need not be waited for: float64 (float32
+    where the device has no more), ``sweeps`` int64.
+
     Attributes:
-        AYt: entries of ``A Yᵀ`` at the kept places of Z, ``[k, count]``, or None if not asked for.
+        AYt: ``(A Yᵀ)ᵀ``, tokens weighted: its entries at the kept places of Z, ``[k, count]``, all of it, ``[k, d]``,
+            or None, as was asked for.
         dot: ``⟨ZᵀA − shift, Y⟩``, tokens weighted.
         violation: ``‖min(Y, (ZtZ Y − ZtA + shift) / diag(ZtZ))‖²`` over living features; 0 if not asked for.
         squared_norm: ``‖Y‖²``.
@@ -112,9 +117,15 @@ class PassResult(NamedTuple):
     """
 
     AYt: Tensor | None
-    dot: float
-    violation: float
-    squared_norm: float
-    residual: float
-    data: float
-    sweeps: int
+    dot: Tensor
+    violation: Tensor
+    squared_norm: Tensor
+    residual: Tensor
+    data: Tensor
+    sweeps: Tensor
+
+    @classmethod
+    def of_sums(cls, AYt: Tensor | None, sums: Tensor) -> PassResult:
+        """From the numbers as one tensor ``[6]``."""
+        dot, violation, squared_norm, residual, data, most_sweeps = sums.unbind()
+        return cls(AYt, dot, violation, squared_norm, residual, data, most_sweeps.long())

@@ -143,7 +143,7 @@ def test_blocks_do_not_change_the_result(monkeypatch):
     A = planted(100, 230, 5, keep=0.1, noise=0.5)[0].bfloat16()
     wanted = [fit(A, 5, keep=0.1, max_iter=5, init=init) for init in ("random", "kmeans", "svd")]
     monkeypatch.setattr(
-        snmf_kernels._data, "_BLOCK_ELEMENTS", {"cpu": 100 * 7}
+        snmf_kernels.reference, "_BLOCK_ELEMENTS", {"cpu": 100 * 7}
     )  # blocks of 7 tokens, the last of 6
     for init, before in zip(("random", "kmeans", "svd"), wanted, strict=True):
         assert_near(fit(A, 5, keep=0.1, max_iter=5, init=init).Y, before.Y, 1e-5)
@@ -426,7 +426,7 @@ def test_bad_input_is_refused_by_name(case):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_non_finite_values_are_counted_and_located(dtype, monkeypatch):
-    monkeypatch.setattr(snmf_kernels._data, "_BLOCK_ELEMENTS", {"cpu": 4 * 3})
+    monkeypatch.setattr(snmf_kernels.reference, "_BLOCK_ELEMENTS", {"cpu": 4 * 3})
     A = torch.ones(4, 10, dtype=dtype)
     A[2, 7] = torch.inf
     A[3, 9] = torch.nan

@@ -314,7 +314,7 @@ def pass_options(names, k, n, dtype, device="cpu"):
         "weights": {"token_weights": weights},
         "row_scale": {"row_scale": 0.5 + scale},
     }
-    options = {"sweeps": 2, "kept_products": True}
+    options = {"sweeps": 2, "products": "kept"}
     for name in names:
         options |= values[name]
     return options | {"measure": not options.get("multiplicative", False)}
@@ -382,7 +382,7 @@ def test_coefficient_pass_reads_any_dtype(backend, device, a_dtype, dtype):
         for residual in (False, True):
             assert_same_pass(
                 ops.coefficient_pass, Y, Z, in_layout(A, layout), ZtZ, dtype,
-                residual=residual, kept_products=True, backend=backend,
+                residual=residual, products="kept", backend=backend,
             )  # fmt: skip
 
 
@@ -429,10 +429,10 @@ def test_the_sums_of_a_pass_are_what_they_say(backend, device, weighted):
     dense, shift, alive = Z.to_dense(), options["shift"], torch.diagonal(ZtZ) > 0
     assert not bool(alive.all())
     P = dense.T @ A - shift[:, None]
-    assert sums.dot == pytest.approx(float((w * P * new).sum()), rel=1e-13)
-    assert sums.squared_norm == pytest.approx(float(new.square().sum()), rel=1e-13)
-    assert sums.data == pytest.approx(float((w * A.square()).sum()), rel=1e-13)
-    assert sums.residual == pytest.approx(float((w * (A - dense @ new).square()).sum()), rel=1e-13)
+    assert float(sums.dot) == pytest.approx(float((w * P * new).sum()), rel=1e-13)
+    assert float(sums.squared_norm) == pytest.approx(float(new.square().sum()), rel=1e-13)
+    assert float(sums.data) == pytest.approx(float((w * A.square()).sum()), rel=1e-13)
+    assert float(sums.residual) == pytest.approx(float((w * (A - dense @ new).square()).sum()), rel=1e-13)
     assert_near(sums.AYt, Z.gather(((w * A) @ new.T).T.contiguous()), 1e-13)
     step = ((ZtZ @ new - P) / torch.diagonal(ZtZ)[:, None])[alive]
     assert sums.violation == pytest.approx(float(torch.minimum(new[alive], step).square().sum()), rel=1e-12)
@@ -512,7 +512,7 @@ def test_max_active_at_any_scale_of_the_data(backend, device, power):
     scale = 2.0**power
     scaled = SparseColumns(Z.indices, scale * Z.values, Z.d)
     got, sums = ops.coefficient_pass(
-        Y, scaled, scale * A, scale**2 * ZtZ, sweeps=20, max_active=2, kept_products=True, backend=backend
+        Y, scaled, scale * A, scale**2 * ZtZ, sweeps=20, max_active=2, products="kept", backend=backend
     )
     assert int((got > 0).sum(0).max()) <= 2
     assert torch.equal(got, wanted), "powers of two round nothing"
@@ -526,7 +526,7 @@ def test_unused_lanes_add_nothing(backend, device, n):
     Y, Z, A, ZtZ = pass_problem(30, n, 2, 4, torch.float64, device)
     assert_same_pass(
         ops.coefficient_pass, Y, Z, A, ZtZ, torch.float64,
-        multiplicative=True, eps=0.0, kept_products=True, residual=True, backend=backend,
+        multiplicative=True, eps=0.0, products="kept", residual=True, backend=backend,
     )  # fmt: skip
 
 
@@ -536,7 +536,7 @@ def test_a_pass_keeps_nan_visible_and_in_bounds(backend, device, max_active):
     Y, Z, A, ZtZ = pass_problem(30, 70, 5, 30, torch.float32, device)
     A[2, 3] = torch.nan
     new, sums = ops.coefficient_pass(
-        Y, Z, A, ZtZ, max_active=max_active, kept_products=True, residual=True, backend=backend
+        Y, Z, A, ZtZ, max_active=max_active, products="kept", residual=True, backend=backend
     )
     clean = [token for token in range(70) if token != 3]
     assert bool(new[:, 3].isnan().any())
@@ -781,7 +781,7 @@ def test_steps_of_fit_at_instruction_levels(level, dtype):
 def test_a_pass_over_nothing(backend, device):
     _, Z, A, ZtZ = pass_problem(7, 3, 5, 2, torch.float32, device)
     new, sums = ops.coefficient_pass(
-        torch.zeros(5, 0, device=device), Z, A[:, :0], ZtZ, kept_products=True, residual=True, backend=backend
+        torch.zeros(5, 0, device=device), Z, A[:, :0], ZtZ, products="kept", residual=True, backend=backend
     )
     assert new.shape == (5, 0)
     assert torch.equal(sums.AYt, torch.zeros(5, 2, device=device))
@@ -818,8 +818,10 @@ def test_opcheck():
         ),
     ]
     Y, Z, A, ZtZ = pass_problem(7, 12, 5, 2, torch.float32)
-    for shift, weights, wanted in ((None, None, False), (torch.ones(5), torch.ones(12), True)):
-        arguments = (2, False, 0.0, 1e-3, shift, 3, weights, wanted, wanted, wanted, "cpp")
+    optional = torch.ones(5), torch.ones(12)
+    for shift, weights, products in ((None, None, None), (*optional, "kept"), (*optional, "all")):
+        wanted = products is not None
+        arguments = (2, False, 0.0, 1e-3, shift, 3, weights, products, wanted, wanted, "cpp")
         cases.append((namespace.coefficient_pass, (Y, Z.indices, Z.values, A, ZtZ, *arguments)))
     for operation, arguments in cases:
         torch.library.opcheck(operation.default, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -293,7 +293,7 @@ def test_backends_and_levels_agree(A, k, seed, max_active, shifted, weighted):
     Z = SparseColumns(Z.indices, Z.values.to(dtype), Z.d)
     dense = Z.to_dense().double()
     ZtZ = (dense.T @ dense).to(dtype)
-    options = {"sweeps": 2, "measure": True, "kept_products": True}
+    options = {"sweeps": 2, "measure": True, "products": "kept"}
     if shifted:
         options["shift"] = torch.full((k,), 0.25, dtype=dtype)
     if weighted:

@@ -664,7 +664,7 @@ def test_a_certificate_of_tokens_with_few_features(neuron_scale, seed):
 def test_the_lower_bound_is_the_tail_of_the_spectrum(monkeypatch, dtype, weighted, neuron_scale, shape):
     A = planted(*shape, 5, keep=0.2, noise=0.5)[0].to(dtype)
     weights = torch.rand(shape[1], generator=torch.Generator().manual_seed(2)) if weighted else None
-    monkeypatch.setattr("snmf_kernels._data._BLOCK_ELEMENTS", {"cpu": 7 * shape[0]})  # blocks of 7 tokens
+    monkeypatch.setattr("snmf_kernels.reference._BLOCK_ELEMENTS", {"cpu": 7 * shape[0]})  # blocks of 7 tokens
     result = fit(A, 5, keep=0.2, neuron_scale=neuron_scale, token_weights=weights)
     _, scaled = in_scaled_units(result, A)
     scaled = scaled if weights is None else scaled * weights.double().sqrt()
