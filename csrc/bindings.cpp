@@ -54,6 +54,11 @@ snmf::DType dtype_of(const std::string& name) {
     throw std::invalid_argument("dtype: wanted float16, bfloat16, float32 or float64, got " + name);
 }
 
+template <typename T>
+snmf::Ladder<T> ladder_of(double ridge, int escalations, double floor) {
+    return {static_cast<T>(ridge), escalations, static_cast<T>(floor)};
+}
+
 // Calls run(T()) with T the working type.
 template <typename Run>
 void with_type(const std::string& dtype, Run run) {
@@ -138,11 +143,12 @@ void column_descent(const std::string& dtype, Address YYt, Address AYt, Address 
 }
 
 void support_solve(const std::string& dtype, Address G, Address offsets, Address members, Address B, Address X,
-                   Address info, int64_t k, int64_t d, double ridge, int threads) {
+                   Address info, int64_t k, int64_t d, double ridge, int escalations, double floor, int threads) {
     with_type(dtype, [&](auto zero) {
         using T = decltype(zero);
         const snmf::SupportArgs<T> args{at<T>(G), at<int64_t>(offsets), at<int64_t>(members), at<T>(B), at<T>(X),
-                                        at<int32_t>(info), k, d, static_cast<T>(ridge), usable_threads(threads)};
+                                        at<int32_t>(info), k, d, ladder_of<T>(ridge, escalations, floor),
+                                        usable_threads(threads)};
         const auto& kernels = snmf::kernels().of<T>();
         py::gil_scoped_release release;
         check(kernels.support_solve(args));
@@ -150,11 +156,11 @@ void support_solve(const std::string& dtype, Address G, Address offsets, Address
 }
 
 void ridge_solve(const std::string& dtype, Address G, Address B, Address X, Address info, int64_t batch, int64_t k,
-                 int64_t m, double ridge, int threads) {
+                 int64_t m, double ridge, int escalations, double floor, int threads) {
     with_type(dtype, [&](auto zero) {
         using T = decltype(zero);
         const snmf::RidgeArgs<T> args{at<T>(G), at<T>(B), at<T>(X), at<int32_t>(info), batch, k, m,
-                                      static_cast<T>(ridge), usable_threads(threads)};
+                                      ladder_of<T>(ridge, escalations, floor), usable_threads(threads)};
         const auto& kernels = snmf::kernels().of<T>();
         py::gil_scoped_release release;
         check(kernels.ridge_solve(args));
@@ -245,9 +251,9 @@ PYBIND11_MODULE(_C, module) {
     module.def("column_descent", &column_descent, "dtype"_a, "YYt"_a, "AYt"_a, "indices"_a, "values"_a, "d"_a, "k"_a,
                "count"_a, "sweeps"_a);
     module.def("support_solve", &support_solve, "dtype"_a, "G"_a, "offsets"_a, "members"_a, "B"_a, "X"_a, "info"_a, "k"_a,
-               "d"_a, "ridge"_a, "threads"_a);
+               "d"_a, "ridge"_a, "escalations"_a, "floor"_a, "threads"_a);
     module.def("ridge_solve", &ridge_solve, "dtype"_a, "G"_a, "B"_a, "X"_a, "info"_a, "batch"_a, "k"_a, "m"_a, "ridge"_a,
-               "threads"_a);
+               "escalations"_a, "floor"_a, "threads"_a);
 #if defined(SNMF_WITH_CUDA)
     module.def("cuda_device_count", &snmf::cuda::device_count);
     module.def("cuda_ridge_max_k", &snmf::cuda::ridge_max_k, "device"_a, "element_size"_a);

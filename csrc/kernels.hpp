@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "ladder.hpp"
+
 namespace snmf {
 
 enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
@@ -110,7 +112,7 @@ struct SupportArgs {
     T* X;                    // solutions, as members
     int32_t* info;           // [d], as in RidgeArgs
     int64_t k, d;
-    T ridge;
+    Ladder<T> ladder;
     int threads;
 };
 
@@ -119,9 +121,10 @@ struct RidgeArgs {
     const T* G;      // [batch, k, k], symmetric; the lower triangle is read
     const T* B;      // [batch, k, m]
     T* X;            // [batch, k, m]
-    int32_t* info;   // [batch]; 0, or the 1-based pivot that was not positive (X is then NaN)
+    int32_t* info;   // [batch]; 0, or -e after e escalations, or the 1-based pivot that was not positive at the last
+                     // try (X is then NaN)
     int64_t batch, k, m;
-    T ridge;
+    Ladder<T> ladder;
     int threads;
 };
 

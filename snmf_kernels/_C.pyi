@@ -122,10 +122,23 @@ def support_solve(
     k: int,
     d: int,
     ridge: float,
+    escalations: int,
+    floor: float,
     threads: int,
 ) -> None: ...
 def ridge_solve(
-    dtype: str, G: int, B: int, X: int, info: int, batch: int, k: int, m: int, ridge: float, threads: int
+    dtype: str,
+    G: int,
+    B: int,
+    X: int,
+    info: int,
+    batch: int,
+    k: int,
+    m: int,
+    ridge: float,
+    escalations: int,
+    floor: float,
+    threads: int,
 ) -> None: ...
 def cuda_device_count() -> int: ...
 

@@ -128,22 +128,32 @@ def column_descent(Z: SparseColumns, AYt: Tensor, YYt: Tensor, sweeps: int = 1) 
     return SparseColumns(indices, values, Z.d)
 
 
-def support_solve(G: Tensor, supports: Supports, B: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
+def support_solve(
+    G: Tensor,
+    supports: Supports,
+    B: Tensor,
+    ridge: float = 1e-6,
+    escalations: int = 0,
+    floor: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     G, B = G.contiguous(), B.contiguous()
     X, info = torch.empty_like(B), torch.empty(supports.d, dtype=torch.int32, device="cpu")
     _C.support_solve(
         _name(G), G.data_ptr(), supports.offsets.data_ptr(), supports.members.data_ptr(), B.data_ptr(),
-        X.data_ptr(), info.data_ptr(), G.shape[0], supports.d, ridge, torch.get_num_threads(),
+        X.data_ptr(), info.data_ptr(), G.shape[0], supports.d, ridge, escalations, floor,
+        torch.get_num_threads(),
     )  # fmt: skip
     return X, info
 
 
-def ridge_solve(G: Tensor, B: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
+def ridge_solve(
+    G: Tensor, B: Tensor, ridge: float = 1e-6, escalations: int = 0, floor: float = 0.0
+) -> tuple[Tensor, Tensor]:
     G, B = G.contiguous(), B.contiguous()
     batch, k, m = B.shape
     X, info = torch.empty_like(B), torch.empty(batch, dtype=torch.int32, device="cpu")
     _C.ridge_solve(
         _name(G), G.data_ptr(), B.data_ptr(), X.data_ptr(), info.data_ptr(), batch, k, m, ridge,
-        torch.get_num_threads(),
+        escalations, floor, torch.get_num_threads(),
     )  # fmt: skip
     return X, info

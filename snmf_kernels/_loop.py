@@ -6,7 +6,6 @@ is at once; on a GPU some iterations late, while later ones are running.
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Protocol
 
@@ -14,13 +13,11 @@ import torch
 from torch import Tensor
 
 from ._data import precise_dtype
-from ._monitor import Monitor, too_large
+from ._monitor import Monitor
 from ._problem import Problem
 from ._steps import Steps
-from .reference import copy_if
+from .reference import copy_if, escalated_ridge
 from .sparse import PassResult, SparseColumns
-
-logger = logging.getLogger(__name__)
 
 EPS = 1e-6  # the paper's constant in the denominator of the multiplicative update
 
@@ -39,6 +36,9 @@ FROZEN = 2
 SWEEP_TOL = 1e-3
 # The last Y is the optimum on the last Z to this KKT residual, in at most so many sweeps.
 FINAL_TOL, FINAL_SWEEPS = 1e-3, 100
+# So many larger ridges are tried where rounding has left Y Yᵀ without a Cholesky factor. Rounding takes a few times
+# k eps off its eigenvalues, and the largest ridge is 1e7 eps.
+RIDGE_ESCALATIONS = 8
 # Entries of the float64 right-hand sides that are solved at a time: at least so many, or this share of those of A, so
 # that they are small beside it.
 _SOLVE_ELEMENTS, _SOLVE_SHARE = 1 << 17, 0.01
@@ -286,7 +286,8 @@ def refit_on_support(Z: SparseColumns, AYt_kept: Tensor, YYt: Tensor, problem: P
     solved, info = problem.data.kernels.support_solve(
         YYt.to(precise), supports, AYt_kept.flatten()[order].to(precise), problem.ridge
     )
-    failed = (info != 0).repeat_interleave(supports.offsets.diff(), output_size=len(order))
+    # Told how many there are, a GPU need not be asked.
+    failed = (info > 0).repeat_interleave(supports.offsets.diff(), output_size=len(order))
     values = torch.empty_like(Z.values).flatten()
     values[order] = torch.where(failed, Z.values.flatten()[order], solved.to(values.dtype))
     return SparseColumns(Z.indices, values.view_as(Z.values), Z.d)
@@ -296,28 +297,23 @@ def least_squares_(AYt: Tensor, YYt: Tensor, problem: Problem) -> Tensor:
     """``(Y Yᵀ + ridge·I)⁻¹ (A Yᵀ)ᵀ`` as ``[k, d]`` in place of ``AYt``, solved in float64 where there is one.
 
     Where rounding has left ``Y Yᵀ + ridge·I`` without a Cholesky factor (two features with the same
-    coefficients, say), the ridge is raised tenfold until it has one.
+    coefficients, say), the ridge is raised tenfold until it has one. What is not finite stays so, as NaN.
     """
     G = YYt.to(precise_dtype(YYt.device))[None]
-    info = torch.finfo(YYt.dtype)
-    floor = float(info.eps * torch.diagonal(YYt).max().clamp(min=info.tiny))
-    if not math.isfinite(floor):
-        raise too_large(YYt.dtype)
-    ridge = problem.ridge
+    ladder = problem.ridge, RIDGE_ESCALATIONS, torch.finfo(YYt.dtype).eps
     k, d = AYt.shape
     # As wide as the system at least, so that factorising it in each block is the lesser part.
     width = max(k, max(_SOLVE_ELEMENTS, int(_SOLVE_SHARE * d * problem.data.n)) // k + 1)
-    start = 0
-    while start < d:
+    for start in range(0, d, width):
         neurons = slice(start, start + width)
-        X, failed = problem.data.kernels.ridge_solve(G, AYt[:, neurons].to(G.dtype)[None], ridge)
-        if int(failed[0]) == 0:
-            AYt[:, neurons] = X[0]
-            start += width
-        else:
-            # All blocks fail alike, so this is the first one.
-            ridge = max(10 * ridge, floor)
-            logger.debug("Y Yᵀ is singular to working precision; ridge raised to %.3g", ridge)
+        X, info = problem.data.kernels.ridge_solve(G, AYt[:, neurons].to(G.dtype)[None], *ladder)
+        AYt[:, neurons] = X[0]
+        if start == 0 and width < d:
+            # All blocks fail alike: the others begin with the ridge that served the first.
+            ridge, _, floor = ladder
+            served = escalated_ridge(G, ridge, floor, (-info).clamp(min=0))
+            G = G + served[:, None, None] * torch.eye(k, dtype=G.dtype, device=G.device)
+            ladder = 0.0, 0, 0.0
     return AYt
 
 

@@ -201,7 +201,14 @@ def column_descent(
 
 
 def support_solve(
-    G: Tensor, supports: Supports, B: Tensor, *, ridge: float = 1e-6, backend: str = "auto"
+    G: Tensor,
+    supports: Supports,
+    B: Tensor,
+    *,
+    ridge: float = 1e-6,
+    escalations: int = 0,
+    floor: float = 0.0,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Solves ``(G[S, S] + ridge I) x = b`` for each neuron on its support S: least squares for fixed supports.
 
@@ -214,12 +221,12 @@ def support_solve(
         G: ``[k, k]``, symmetric, float32 or float64.
         supports: the features of each of d neurons, as ``SparseColumns.supports`` gives them.
         B: right-hand sides in the order of ``supports.members``, in the dtype of G.
-        ridge: added to the diagonal.
-        backend: ``"auto"``, ``"cpp"`` or ``"torch"``.
+        ridge, escalations, floor: of each system, as in :func:`ridge_solve`.
+        backend: ``"auto"``, ``"cpp"``, ``"cuda"`` or ``"torch"``.
 
     Returns:
         X in the order of ``supports.members`` and ``info [d]`` (int32), as of :func:`ridge_solve`: where a neuron's
-        info is not 0, its system is not positive definite in this precision, and its part of X is NaN.
+        info is positive, its system is not positive definite in this precision, and its part of X is NaN.
     """
     _check_matrix("G", G, _WORKING)
     k = G.shape[1]
@@ -239,12 +246,19 @@ def support_solve(
         raise ValueError(
             f"supports.members: wanted features from 0 to {k - 1}, got {int(members.min())} to {int(members.max())}"
         )
-    if not ridge >= 0:
-        raise ValueError(f"ridge: wanted a number >= 0, got {ridge}")
-    return _support_solve(G, offsets, members, B, ridge, backend)
+    _check_ladder(ridge, escalations, floor)
+    return _support_solve(G, offsets, members, B, ridge, escalations, floor, backend)
 
 
-def ridge_solve(G: Tensor, B: Tensor, *, ridge: float = 1e-6, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def ridge_solve(
+    G: Tensor,
+    B: Tensor,
+    *,
+    ridge: float = 1e-6,
+    escalations: int = 0,
+    floor: float = 0.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
     """Solves ``(G_b + ridge I) X_b = B_b`` for a batch of symmetric positive definite systems.
 
     Equivalent to ``torch.linalg.solve(G + ridge * torch.eye(k), B)``. Only the lower triangles of G are read.
@@ -253,11 +267,15 @@ def ridge_solve(G: Tensor, B: Tensor, *, ridge: float = 1e-6, backend: str = "au
         G: ``[batch, k, k]``, float32 or float64.
         B: ``[batch, k, m]``, same dtype and device.
         ridge: added to the diagonal.
+        escalations: how many larger ridges to try for a system that is not positive definite in this precision:
+            ``max(10 * ridge, floor * largest diagonal entry)``, and tenfold from there.
+        floor: see ``escalations``; below the precision of the dtype it counts as that.
         backend: ``"auto"``, ``"cpp"``, ``"cuda"`` or ``"torch"``.
 
     Returns:
-        ``X [batch, k, m]`` and ``info [batch]`` (int32). ``info`` is 0, or the 1-based pivot that was not
-        positive: that system is not positive definite in this precision, and its X is NaN.
+        ``X [batch, k, m]`` and ``info [batch]`` (int32). ``info`` is 0 where a system was solved as asked, ``-e`` where
+        it took ``e`` larger ridges, and the 1-based pivot that was not positive where the last one did not do
+        either: its X is NaN.
     """
     for name, tensor in (("G", G), ("B", B)):
         if tensor.ndim != 3 or tensor.dtype not in _WORKING:
@@ -270,9 +288,8 @@ def ridge_solve(G: Tensor, B: Tensor, *, ridge: float = 1e-6, backend: str = "au
             f"G: wanted shape {(B.shape[0], B.shape[1], B.shape[1])} in {B.dtype} on {B.device} to go with B, "
             f"got {tuple(G.shape)} in {G.dtype} on {G.device}"
         )
-    if not ridge >= 0:
-        raise ValueError(f"ridge: wanted a number >= 0, got {ridge}")
-    return _ridge_solve(G, B, ridge, backend)
+    _check_ladder(ridge, escalations, floor)
+    return _ridge_solve(G, B, ridge, escalations, floor, backend)
 
 
 def _check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -305,6 +322,12 @@ def _check_partner(name: str, tensor: Tensor, shape: tuple[int, ...], other: Ten
 def _check_sweeps(sweeps: int) -> None:
     if sweeps < 1:
         raise ValueError(f"sweeps: wanted at least 1, got {sweeps}")
+
+
+def _check_ladder(ridge: float, escalations: int, floor: float) -> None:
+    for name, value in (("ridge", ridge), ("escalations", escalations), ("floor", floor)):
+        if not value >= 0:
+            raise ValueError(f"{name}: wanted a number >= 0, got {value}")
 
 
 def _check_features(Z: SparseColumns) -> None:
@@ -406,16 +429,26 @@ def _column_descent(
 
 @torch.library.custom_op("snmf_kernels::support_solve", mutates_args=())
 def _support_solve(
-    G: Tensor, offsets: Tensor, members: Tensor, B: Tensor, ridge: float, backend: str
+    G: Tensor,
+    offsets: Tensor,
+    members: Tensor,
+    B: Tensor,
+    ridge: float,
+    escalations: int,
+    floor: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     function = _backends.choose("support_solve", B.device, B.dtype, backend).function
-    return function(G, Supports(offsets.contiguous(), members.contiguous(), len(offsets) - 1), B, ridge)
+    supports = Supports(offsets.contiguous(), members.contiguous(), len(offsets) - 1)
+    return function(G, supports, B, ridge, escalations, floor)
 
 
 @torch.library.custom_op("snmf_kernels::ridge_solve", mutates_args=())
-def _ridge_solve(G: Tensor, B: Tensor, ridge: float, backend: str) -> tuple[Tensor, Tensor]:
+def _ridge_solve(
+    G: Tensor, B: Tensor, ridge: float, escalations: int, floor: float, backend: str
+) -> tuple[Tensor, Tensor]:
     function = _backends.choose("ridge_solve", B.device, B.dtype, backend, k=B.shape[1]).function
-    return function(G, B, ridge)
+    return function(G, B, ridge, escalations, floor)
 
 
 @_multiplicative_update.register_fake
@@ -471,11 +504,20 @@ def _(
 
 @_support_solve.register_fake
 def _(
-    G: Tensor, offsets: Tensor, members: Tensor, B: Tensor, ridge: float, backend: str
+    G: Tensor,
+    offsets: Tensor,
+    members: Tensor,
+    B: Tensor,
+    ridge: float,
+    escalations: int,
+    floor: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     return B.new_empty(B.shape), B.new_empty((offsets.shape[0] - 1,), dtype=torch.int32)
 
 
 @_ridge_solve.register_fake
-def _(G: Tensor, B: Tensor, ridge: float, backend: str) -> tuple[Tensor, Tensor]:
+def _(
+    G: Tensor, B: Tensor, ridge: float, escalations: int, floor: float, backend: str
+) -> tuple[Tensor, Tensor]:
     return B.new_empty(B.shape), B.new_empty((B.shape[0],), dtype=torch.int32)

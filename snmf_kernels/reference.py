@@ -250,13 +250,21 @@ def column_descent(Z: SparseColumns, AYt: Tensor, YYt: Tensor, sweeps: int = 1) 
     return SparseColumns(indices, values, Z.d)
 
 
-def support_solve(G: Tensor, supports: Supports, B: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
+def support_solve(
+    G: Tensor,
+    supports: Supports,
+    B: Tensor,
+    ridge: float = 1e-6,
+    escalations: int = 0,
+    floor: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """Of each neuron r with support S the solution of ``(G[S, S] + ridge I) x = b``: systems of ragged sizes.
 
     Args:
         G: ``[k, k]``, symmetric.
         supports: which features each neuron belongs to.
         B: right-hand sides in the order of ``supports.members``.
+        ridge, escalations, floor: of each system, as in :func:`ridge_solve`.
 
     Returns:
         X in that order, and ``info [d]`` (int32) as of :func:`ridge_solve`.
@@ -271,27 +279,55 @@ def support_solve(G: Tensor, supports: Supports, B: Tensor, ridge: float = 1e-6)
         places = supports.offsets[neurons][:, None] + torch.arange(size, device=B.device)
         members = supports.members[places]
         solved, info[neurons] = ridge_solve(
-            G[members[:, :, None], members[:, None, :]], B[places][:, :, None], ridge
+            G[members[:, :, None], members[:, None, :]], B[places][:, :, None], ridge, escalations, floor
         )
         X[places] = solved[:, :, 0]
     return X, info
 
 
-def ridge_solve(G: Tensor, B: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
+def ridge_solve(
+    G: Tensor, B: Tensor, ridge: float = 1e-6, escalations: int = 0, floor: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Solves ``(G_b + ridge I) X_b = B_b`` for a batch of symmetric positive definite systems by Cholesky factors.
 
     Args:
         G: ``[batch, k, k]``, of which the lower triangles are read.
         B: ``[batch, k, m]``.
+        ridge, escalations, floor: a system without a factor is tried with larger ridges, at most ``escalations`` of
+            them, see :func:`escalated_ridge`.
 
     Returns:
-        ``X [batch, k, m]`` and ``info [batch]`` (int32): 0, or the 1-based index of the pivot that was not
-        positive; that system's X is NaN then.
+        ``X [batch, k, m]`` and ``info [batch]`` (int32): 0; or ``−e`` if it took e larger ridges; or the 1-based index
+        of the pivot that was not positive at the last try, and that system's X is NaN then.
     """
-    lower = G.tril() + ridge * torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
-    factor, info = torch.linalg.cholesky_ex(lower)
+    lower, identity = G.tril(), torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+    factor, info = torch.linalg.cholesky_ex(lower + ridge * identity)
+    for step in range(1, escalations + 1):
+        failed = info > 0
+        # Elsewhere the question would wait for the device, and all ridges are tried.
+        if failed.device.type == "cpu" and not bool(failed.any()):
+            break
+        raised = escalated_ridge(G, ridge, floor, torch.full_like(info, step))
+        again, info_again = torch.linalg.cholesky_ex(lower + raised[:, None, None] * identity)
+        factor = torch.where(failed[:, None, None], again, factor)
+        info = torch.where(failed, torch.where(info_again > 0, info_again, -step), info)
     X = torch.cholesky_solve(B, factor)
-    return torch.where((info == 0)[:, None, None], X, torch.nan), info.to(torch.int32)
+    return torch.where((info <= 0)[:, None, None], X, torch.nan), info.to(torch.int32)
+
+
+def escalated_ridge(G: Tensor, ridge: float, floor: float, steps: Tensor) -> Tensor:
+    """The ridges of systems ``G [batch, k, k]`` after ``steps [batch]`` escalations, ``[batch]``.
+
+    ``ridge`` itself, then ``max(10 ridge, floor · max_i G_ii)``, and tenfold from there. A ``floor`` below the
+    precision of the dtype counts as that precision. With ``steps = (−info).clamp(min=0)`` it is what
+    :func:`ridge_solve` used.
+    """
+    limits = torch.finfo(G.dtype)
+    # A zero beside the diagonal, for systems without a positive entry or without any; NaN is left out.
+    diagonal = torch.nn.functional.pad(torch.diagonal(G, dim1=1, dim2=2), (0, 1))
+    largest = torch.where(diagonal > 0, diagonal, 0).amax(1)
+    first = (max(floor, limits.eps) * largest).clamp(min=max(limits.tiny, 10 * ridge))
+    return torch.where(steps > 0, first * 10.0 ** (steps - 1).to(G.dtype), ridge)
 
 
 def copy_if(flag: Tensor, source: Tensor, target: Tensor) -> None:

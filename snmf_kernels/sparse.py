@@ -79,9 +79,8 @@ class SparseColumns:
     def supports(self) -> tuple[Supports, Tensor]:
         """The kept entries by neuron instead of by feature, and the order ``[k * count]`` that puts them so."""
         rows, order = self.indices.flatten().sort(stable=True)
-        # Not by bincount, which waits for a GPU to know the largest row.
-        neurons = torch.arange(self.d + 1, device=rows.device)
-        offsets = torch.searchsorted(rows, neurons)
+        # Not by bincount, which waits for a GPU to say how many there are.
+        offsets = torch.searchsorted(rows, torch.arange(self.d + 1, device=rows.device))
         return Supports(offsets, order // self.indices.shape[1], self.d), order
 
 

@@ -810,11 +810,11 @@ def test_opcheck():
         (namespace.coordinate_descent, (Y, ZtA, ZtZ, 2, "torch")),
         (namespace.winner_take_all, (Y, 2, "cpp")),
         (namespace.sparse_product, (torch.tensor([[0, 2]]), torch.ones(1, 2), Y, "cpp")),
-        (namespace.ridge_solve, (ZtZ[None], ZtA[None], 0.1, "cpp")),
+        (namespace.ridge_solve, (ZtZ[None], ZtA[None], 0.1, 2, 1e-3, "cpp")),
         (namespace.column_descent, (*column_arguments(), 2, "cpp")),
         (
             namespace.support_solve,
-            (ZtZ, torch.tensor([0, 2, 3]), torch.tensor([0, 4, 1]), torch.ones(3), 0.1, "cpp"),
+            (ZtZ, torch.tensor([0, 2, 3]), torch.tensor([0, 4, 1]), torch.ones(3), 0.1, 2, 1e-3, "cpp"),
         ),
     ]
     Y, Z, A, ZtZ = pass_problem(7, 12, 5, 2, torch.float32)

@@ -1,0 +1,213 @@
+"""Larger ridges for systems without a Cholesky factor, on each backend; and what must not wait for a GPU."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import runs_here
+from problems import SOLVE_TOLERANCE, assert_near
+
+from snmf_kernels import _loop, ops, reference
+from snmf_kernels.sparse import SparseColumns, Supports
+
+DTYPES = [torch.float32, torch.float64]
+RIDGE = 0.02  # the ladder of the tests is then 0.02, 0.2, 2, 20
+# What the most negative eigenvalue is lowered to, so that the ladder has to be climbed 0, 1, 2, 3 times, and in vain.
+DEPTHS = [-1.0, 0.1, 1.0, 10.0, 40.0]
+
+
+def system(k, depth, generator):
+    """A symmetric matrix ``[k, k]`` with ``−depth`` as its least eigenvalue; positive definite if that is positive."""
+    factor = torch.randn(k, k + 4, generator=generator, dtype=torch.float64)
+    G = factor @ factor.T / (k + 4)
+    if depth < 0:
+        return G
+    values, vectors = torch.linalg.eigh(G)
+    return G - (values[0] + depth) * vectors[:, :1] @ vectors[:, :1].T
+
+
+def solved(G, B, ridge):
+    return torch.linalg.solve(G + ridge * torch.eye(len(G), dtype=torch.float64), B)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+# Interleaved, and each by itself; a warp, and a block to a system.
+@pytest.mark.parametrize(("batch", "k", "m"), [(5, 1, 2), (5, 7, 3), (40, 7, 70), (5, 45, 2), (40, 33, 1)])
+@pytest.mark.parametrize(("backend", "device"), runs_here("ridge_solve"))
+def test_the_first_ridge_that_serves(backend, device, batch, k, m, dtype):
+    generator = torch.Generator().manual_seed(k + m)
+    depths = [DEPTHS[b % 5] for b in range(batch)]
+    G = torch.stack([system(k, depth, generator) for depth in depths]).to(dtype)
+    B = torch.randn(batch, k, m, generator=generator, dtype=torch.float64).to(dtype)
+    upper_garbage = G + torch.full_like(G, torch.nan).triu(1)
+    X, info = ops.ridge_solve(
+        upper_garbage.to(device), B.to(device), ridge=RIDGE, escalations=3, backend=backend
+    )
+    assert info.dtype == torch.int32
+    for b, found in enumerate(info.tolist()):
+        if b % 5 == 4:
+            last = G[b].double() + 20 * torch.eye(k, dtype=torch.float64)
+            assert found == int(torch.linalg.cholesky_ex(last)[1]) > 0
+            assert bool(X[b].isnan().all())
+        else:
+            assert found == -(b % 5)
+            assert_near(
+                X[b], solved(G[b].double(), B[b].double(), RIDGE * 10 ** (b % 5)), SOLVE_TOLERANCE[dtype]
+            )
+    # Without escalations, the same systems are solved as before, and the others are not.
+    X_once, info_once = ops.ridge_solve(upper_garbage.to(device), B.to(device), ridge=RIDGE, backend=backend)
+    assert [found > 0 for found in info_once.tolist()] == [b % 5 > 0 for b in range(batch)]
+    assert torch.equal(X_once[::5], X[::5])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "device"), runs_here("support_solve"))
+def test_each_support_has_a_ladder_of_its_own(backend, device, dtype):
+    generator = torch.Generator().manual_seed(0)
+    sizes = [0, 1, 7, 31, 32, 33, 45, 0, 70]
+    blocks = [(size, depth) for size in sizes for depth in DEPTHS]
+    k = sum(sizes) * 5 + 3
+    G = torch.randn(k, k, generator=generator, dtype=torch.float64)
+    G = G + G.T
+    order = torch.randperm(k, generator=generator)
+    members, first = [], 0
+    for size, depth in blocks:
+        # Each neuron has features of its own, in any order, and what lies beside its system must not matter.
+        chosen = order[first : first + size]
+        if size:
+            G[chosen[:, None], chosen] = system(size, depth, generator)
+        members.append(chosen)
+        first += size
+    offsets = torch.tensor([0, *itertools.accumulate(size for size, _ in blocks)])
+    supports = Supports(offsets.to(device), torch.cat(members).to(device), len(blocks))
+    G, B = G.to(dtype), torch.randn(first, generator=generator, dtype=torch.float64).to(dtype)
+    X, info = ops.support_solve(
+        G.to(device), supports, B.to(device), ridge=RIDGE, escalations=3, backend=backend
+    )
+    for r, found in enumerate(info.tolist()):
+        part, at = G[members[r][:, None], members[r]].double(), slice(*offsets[r : r + 2].tolist())
+        if not len(part):
+            assert found == 0
+        elif r % 5 == 4:
+            assert found == int(torch.linalg.cholesky_ex(part + 20 * torch.eye(len(part)))[1]) > 0
+            assert bool(X[at].isnan().all())
+        else:
+            assert found == -(r % 5)
+            assert_near(X[at], solved(part, B[at].double(), RIDGE * 10 ** (r % 5)), SOLVE_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 20])  # each by itself, and interleaved
+@pytest.mark.parametrize(("backend", "device"), runs_here("ridge_solve"))
+def test_the_floor_of_the_ladder(backend, device, batch, dtype):
+    def ladder(diagonal, ridge, floor, escalations=1):
+        G = torch.diag(torch.tensor(diagonal, dtype=dtype)).expand(batch, -1, -1).to(device)
+        B = torch.ones(batch, len(diagonal), 1, dtype=dtype, device=device)
+        X, info = ops.ridge_solve(G, B, ridge=ridge, escalations=escalations, floor=floor, backend=backend)
+        assert len(set(info.tolist())) == 1
+        return 1 / X[-1, :, 0].cpu() - torch.tensor(diagonal, dtype=dtype), int(info[0])
+
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+    # (diagonal, ridge, floor, the second ridge): a share of the largest entry, the precision, or ten times the first.
+    for diagonal, ridge, floor, wanted in (
+        ([4.0, 0.0], 0.0, 1e-3, 4e-3),
+        ([0.0, 0.0, 4.0], 0.0, 0.0, 4 * eps),
+        ([1.0, -1e-3], 5e-4, 1e-3, 5e-3),
+        ([-1.0], 0.5, 1e-3, 5.0),
+    ):
+        raised, info = ladder(diagonal, ridge, floor)
+        assert info == -1
+        least = min(range(len(diagonal)), key=lambda i: diagonal[i])
+        assert float(raised[least]) == pytest.approx(wanted, rel=1e-3)
+    # Zeros alone: the least ridge there is, whose reciprocal is finite.
+    raised, info = ladder([0.0, 0.0], 0.0, 1e-3)
+    assert info == -1
+    assert raised.tolist() == pytest.approx([tiny, tiny], rel=1e-3)
+    # NaN is no ridge's to heal, and does not hide what the others need.
+    raised, info = ladder([1.0, torch.nan, 1.0], 0.0, 1e-3, 5)
+    assert info == 2
+    assert bool(raised.isnan().all())
+
+
+def test_the_ridge_that_was_used():
+    G = torch.diag_embed(torch.tensor([[1.0, 4.0], [2.0, 0.0], [-3.0, -1.0], [torch.nan, 8.0]]))
+    steps = torch.tensor([0, 1, 2, 3])
+    used = reference.escalated_ridge(G, 1e-6, 1e-2, steps)
+    assert used.tolist() == pytest.approx([1e-6, 2e-2, 1e-4, 8.0], rel=1e-6)
+    assert reference.escalated_ridge(torch.zeros(2, 0, 0), 1e-3, 0.0, torch.tensor([0, 1])).tolist() == (
+        pytest.approx([1e-3, 1e-2])
+    )
+
+
+def problem(kernels, ridge, n=50):
+    return SimpleNamespace(data=SimpleNamespace(kernels=kernels, n=n), ridge=ridge)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["plain", "twins", "triplets of large norm", "zeros", "infinite"])
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_least_squares_in_blocks(monkeypatch, backend, kind, dtype):
+    from snmf_kernels import _backends
+
+    kernels = _backends.choose_all(torch.device("cpu"), dtype, backend)
+    generator = torch.Generator().manual_seed(1)
+    Y = torch.rand(6, 50, generator=generator, dtype=dtype)
+    if kind == "twins":
+        Y[3] = Y[1]
+    elif kind == "triplets of large norm":
+        Y[3] = Y[4] = Y[1]
+        Y *= 1e6
+    elif kind == "zeros":
+        Y.zero_()
+    elif kind == "infinite":
+        Y *= torch.finfo(dtype).max
+    A = torch.randn(40, 50, generator=generator, dtype=dtype)
+    AYt, YYt = Y @ A.T, Y @ Y.T
+
+    def in_a_host_loop(width, ridge):
+        """What the ladder of ``ridge_solve`` replaced."""
+        G, X, start = YYt.double()[None], torch.empty_like(AYt), 0
+        info = torch.finfo(dtype)
+        floor = float(info.eps * torch.diagonal(YYt).max().clamp(min=info.tiny))
+        while start < 40:
+            block = slice(start, start + width)
+            solved, failed = kernels.ridge_solve(G, AYt[:, block].double()[None], ridge)
+            if int(failed[0]) == 0:
+                X[:, block] = solved[0]
+                start += width
+            else:
+                ridge = max(10 * ridge, floor)
+        return X, ridge
+
+    for ridge, width in itertools.product((0.0, 1e-6), (40, 7)):
+        monkeypatch.setattr(_loop, "_SOLVE_ELEMENTS", 6 * (width - 1))
+        monkeypatch.setattr(_loop, "_SOLVE_SHARE", 0.0)
+        got = _loop.least_squares_(AYt.clone(), YYt, problem(kernels, ridge))
+        if kind == "infinite":
+            assert bool(got.isnan().all())
+            continue
+        wanted, used = in_a_host_loop(width, ridge)
+        assert (used > ridge) == ((kind in ("twins", "zeros") and ridge == 0) or kind.startswith("triplets"))
+        assert torch.equal(got, wanted)
+
+
+def test_nothing_asks_a_gpu():
+    """Meta tensors have no values: whatever would wait for one raises."""
+    meta = {"device": "meta", "dtype": torch.float32}
+    kernels = SimpleNamespace(
+        ridge_solve=reference.ridge_solve,
+        support_solve=lambda G, supports, B, *ladder: (
+            torch.empty_like(B),
+            B.new_empty(supports.d, dtype=torch.int32),
+        ),
+    )
+    AYt, YYt = torch.empty(9, 4000, **meta), torch.empty(9, 9, **meta)
+    with pytest.raises(RuntimeError, match="item"):
+        bool(AYt.isnan().any())
+    assert _loop.least_squares_(AYt, YYt, problem(kernels, 1e-6)).shape == (9, 4000)
+    Z = SparseColumns(torch.empty(9, 30, device="meta", dtype=torch.int64), torch.empty(9, 30, **meta), 4000)
+    refit = _loop.refit_on_support(Z, torch.empty(9, 30, **meta), YYt, problem(kernels, 1e-6))
+    assert refit.values.shape == (9, 30)
