@@ -34,7 +34,8 @@ def multiplicative_update(
 
     Equivalent to ``sweeps`` times ``Y = Y * (above / below).sqrt()`` with
     ``above = ZtA.clamp(min=0) + (-ZtZ).clamp(min=0) @ Y`` and
-    ``below = (-ZtA).clamp(min=0) + ZtZ.clamp(min=0) @ Y + eps``.
+    ``below = (-ZtA).clamp(min=0) + ZtZ.clamp(min=0) @ Y + eps``. On the CPU, what would be a subnormal number becomes
+    zero: products with such numbers take several times as long.
 
     Args:
         Y: coefficients ``[k, n]``, non-negative, float32 or float64.

@@ -352,6 +352,18 @@ def assert_same_pass(function, Y, Z, A, ZtZ, dtype, **options):
     assert_same_sums(got, wanted, PASS_TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_coefficients_that_vanish_become_zero(dtype):
+    # Subnormal numbers would make every product with Y several times as slow.
+    tiny = torch.finfo(dtype).tiny
+    # y shrinks to a half: sqrt(1 / 4) with ZtZ- y = 1 from the other feature and ZtA- = 4.
+    Y = torch.tensor([[4 * tiny, 1.5 * tiny, 0.5], [1.0, 1.0, 1.0]], dtype=dtype)
+    ZtA = torch.tensor([[-4.0] * 3, [1.0] * 3], dtype=dtype)
+    ZtZ = torch.tensor([[0.0, -1.0], [-1.0, 1.0]], dtype=dtype)
+    new = ops.multiplicative_update(Y, ZtA, ZtZ, eps=0.0, backend="cpp")
+    assert new[0].tolist() == [2 * tiny, 0.0, 0.25]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("d", "n", "k", "count"), PASS_SHAPES)
 @pytest.mark.parametrize("names", PASS_OPTIONS, ids="+".join)
