@@ -335,6 +335,21 @@ int32_t solve_plainly(const Doubles& G, int64_t k, double ridge, Doubles& b, int
     return 0;
 }
 
+// The same with as large a ridge as it takes; returns -e after e escalations.
+template <typename T>
+int32_t climb(const Doubles& G, int64_t k, const snmf::Ladder<T>& ladder, Doubles& b, int64_t m) {
+    double largest = 0;
+    for (int64_t i = 0; i < k; ++i) largest = std::max(largest, G[i * k + i]);
+    double ridge = static_cast<double>(ladder.ridge);
+    for (int step = 0;; ++step) {
+        const int32_t failed = solve_plainly(G, k, ridge, b, m);
+        if (!failed) return -step;
+        if (step == ladder.escalations) return failed;
+        const double floor = std::max(static_cast<double>(ladder.floor) * largest, double(std::numeric_limits<T>::min()));
+        ridge = std::max(10 * ridge, step ? 0 : floor);
+    }
+}
+
 double largest_of(const Doubles& values) {
     double most = 0;
     for (double value : values) most = std::max(most, std::fabs(value));
@@ -1082,13 +1097,19 @@ class Suite {
         ridge_case(L + 1, large, 2, System::definite);
         begin("larger systems than there is memory");
         Buffer<int32_t> info("info", 1);
-        expect_status(kernels_.ridge_solve({nullptr, nullptr, nullptr, info.get(), 1, 1 << 20, 1, T(1), 2}), 1);
+        expect_status(kernels_.ridge_solve({nullptr, nullptr, nullptr, info.get(), 1, 1 << 20, 1, {T(1), 0, T(0)}, 2}), 1);
+    }
+
+    // With ridges enough, too few and none to follow. The floor lies above the precision of both types.
+    snmf::Ladder<T> some_ladder(System system, Random& random) {
+        const T ridge = system == System::singular ? T(0) : static_cast<T>(0.25);
+        return {ridge, static_cast<int>(random.below(4)), static_cast<T>(random.chance(0.5) ? 0.125 : 0x1p-10)};
     }
 
     void ridge_case(int64_t batch, int64_t k, int64_t m, System system) {
         Random random = begin("batch=%lld k=%lld m=%lld, systems of kind %d", (long long)batch, (long long)k,
                               (long long)m, static_cast<int>(system));
-        const T ridge = system == System::singular ? T(0) : static_cast<T>(0.25);
+        const snmf::Ladder<T> ladder = some_ladder(system, random);
         Buffer<T> G("G", batch, k * k, k * k), B("B", batch, k * m, k * m), X("X", batch, k * m, k * m);
         Buffer<int32_t> info("info", batch);
         std::vector<Doubles> systems, right_sides;
@@ -1113,11 +1134,11 @@ class Suite {
             systems.push_back(widened(g));
             right_sides.push_back(right);
         }
-        expect_status(kernels_.ridge_solve({G.get(), B.get(), X.get(), info.get(), batch, k, m, ridge, threads()}));
+        expect_status(kernels_.ridge_solve({G.get(), B.get(), X.get(), info.get(), batch, k, m, ladder, threads()}));
         for (int64_t b = 0; b < batch; ++b) {
             if (system == System::broken && b % 2 == 0) continue;
             Doubles x = right_sides[b];
-            const int32_t wanted = k && m ? solve_plainly(systems[b], k, static_cast<double>(ridge), x, m) : 0;
+            const int32_t wanted = k && m ? climb(systems[b], k, ladder, x, m) : 0;
             check_solution(b, info.at(0, b), wanted, k * m, x, [&](int64_t e) { return X.at(b, e); });
         }
     }
@@ -1127,7 +1148,7 @@ class Suite {
                         Solution solution) {
         if (info != wanted) fail("info[%lld] is %d, wanted %d", (long long)system, info, wanted);
         for (int64_t e = 0; e < size; ++e) {
-            if (!wanted) expect_close("X", system, e, solution(e), x[e], largest_of(x));
+            if (wanted <= 0) expect_close("X", system, e, solution(e), x[e], largest_of(x));
             else if (!std::isnan(solution(e))) fail("X[%lld] of a failed system holds a number", (long long)system);
         }
     }
@@ -1144,13 +1165,13 @@ class Suite {
         begin("larger systems than there is memory");
         Buffer<int64_t> offsets("offsets", {0, 1 << 20});
         expect_status(kernels_.support_solve({nullptr, offsets.get(), nullptr, nullptr, nullptr, nullptr, 1 << 20, 1,
-                                              T(1), 2}), 1);
+                                              {T(1), 0, T(0)}, 2}), 1);
     }
 
     void support_case(int64_t d, int64_t k, double density, System system) {
         Random random = begin("d=%lld k=%lld, supports of %g k, systems of kind %d", (long long)d, (long long)k,
                               density, static_cast<int>(system));
-        const T ridge = system == System::singular ? T(0) : static_cast<T>(0.25);
+        const snmf::Ladder<T> ladder = some_ladder(system, random);
         std::vector<T> g = gram<T>(k, benign, random);
         const int64_t at = k && system != System::definite ? random.below(k) : -1;
         for (int64_t j = 0; j < k && at >= 0; ++j) {
@@ -1174,7 +1195,7 @@ class Suite {
         Buffer<int64_t> starts("offsets", offsets), features("members", members);
         Buffer<int32_t> info("info", d);
         expect_status(kernels_.support_solve({G.get(), starts.get(), features.get(), B.get(), X.get(), info.get(), k, d,
-                                              ridge, threads()}));
+                                              ladder, threads()}));
         for (int64_t r = 0; r < d; ++r) {
             const int64_t first = offsets[r], size = offsets[r + 1] - first;
             if (system == System::broken &&
@@ -1184,7 +1205,7 @@ class Suite {
             for (int64_t i = 0; i < size; ++i)
                 for (int64_t j = 0; j < size; ++j)
                     part[i * size + j] = static_cast<double>(g[members[first + i] * k + members[first + j]]);
-            const int32_t wanted = solve_plainly(part, size, static_cast<double>(ridge), x, 1);
+            const int32_t wanted = climb(part, size, ladder, x, 1);
             check_solution(r, info.at(0, r), wanted, size, x, [&](int64_t e) { return X.at(0, first + e); });
         }
     }
