@@ -168,18 +168,39 @@ void ridge_solve(const std::string& dtype, Address G, Address B, Address X, Addr
 }
 
 #if defined(SNMF_WITH_CUDA)
+void check_cuda(const char* operation, int device, const char* error) {
+    if (error)
+        throw std::runtime_error(std::string(operation) + " on CUDA device " + std::to_string(device) + ": " + error);
+}
+
 void cuda_ridge_solve(const std::string& dtype, Address G, Address B, Address X, Address info, int64_t batch, int64_t k,
-                      int64_t m, double ridge, int device, Address stream) {
+                      int64_t m, double ridge, int escalations, double floor, int device, Address stream) {
     with_type(dtype, [&](auto zero) {
         using T = decltype(zero);
         const char* error;
         {
             py::gil_scoped_release release;
             error = snmf::cuda::ridge_solve<T>(at<T>(G), at<T>(B), at<T>(X), at<int32_t>(info), batch, k, m,
-                                               static_cast<T>(ridge), device, stream);
+                                               ladder_of<T>(ridge, escalations, floor), device, stream);
         }
-        if (error)
-            throw std::runtime_error("ridge_solve on CUDA device " + std::to_string(device) + ": " + error);
+        check_cuda("ridge_solve", device, error);
+    });
+}
+
+void cuda_support_solve(const std::string& dtype, Address G, Address offsets, Address members, Address B, Address X,
+                        Address info, int64_t k, int64_t d, int64_t member_count, double ridge, int escalations,
+                        double floor, Address workspace, int device, Address stream) {
+    with_type(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const char* error;
+        {
+            py::gil_scoped_release release;
+            error = snmf::cuda::support_solve<T>(at<T>(G), at<int64_t>(offsets), at<int64_t>(members), at<T>(B), at<T>(X),
+                                                 at<int32_t>(info), k, d, member_count,
+                                                 ladder_of<T>(ridge, escalations, floor), at<void>(workspace), device,
+                                                 stream);
+        }
+        check_cuda("support_solve", device, error);
     });
 }
 #endif
@@ -258,7 +279,11 @@ PYBIND11_MODULE(_C, module) {
     module.def("cuda_device_count", &snmf::cuda::device_count);
     module.def("cuda_ridge_max_k", &snmf::cuda::ridge_max_k, "device"_a, "element_size"_a);
     module.def("cuda_ridge_solve", &cuda_ridge_solve, "dtype"_a, "G"_a, "B"_a, "X"_a, "info"_a, "batch"_a, "k"_a, "m"_a,
-               "ridge"_a, "device"_a, "stream"_a);
+               "ridge"_a, "escalations"_a, "floor"_a, "device"_a, "stream"_a);
+    module.def("cuda_support_workspace", &snmf::cuda::support_workspace, "k"_a, "d"_a, "member_count"_a, "device"_a,
+               "element_size"_a);
+    module.def("cuda_support_solve", &cuda_support_solve, "dtype"_a, "G"_a, "offsets"_a, "members"_a, "B"_a, "X"_a, "info"_a,
+               "k"_a, "d"_a, "member_count"_a, "ridge"_a, "escalations"_a, "floor"_a, "workspace"_a, "device"_a, "stream"_a);
 #else
     module.def("cuda_device_count", [] { return 0; });
 #endif

@@ -154,6 +154,27 @@ def cuda_ridge_solve(
     k: int,
     m: int,
     ridge: float,
+    escalations: int,
+    floor: float,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_support_workspace(k: int, d: int, member_count: int, device: int, element_size: int) -> int: ...
+def cuda_support_solve(
+    dtype: str,
+    G: int,
+    offsets: int,
+    members: int,
+    B: int,
+    X: int,
+    info: int,
+    k: int,
+    d: int,
+    member_count: int,
+    ridge: float,
+    escalations: int,
+    floor: float,
+    workspace: int,
     device: int,
     stream: int,
 ) -> None: ...

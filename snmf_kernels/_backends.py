@@ -35,7 +35,7 @@ BACKENDS = ("cpp", "triton", "cuda", "torch")
 PROVIDES = {
     "cpp": OPERATIONS,
     "triton": ("multiplicative_update", "winner_take_all"),
-    "cuda": ("ridge_solve",),
+    "cuda": ("ridge_solve", "support_solve"),
     "torch": OPERATIONS,
 }
 # What completes a backend that does not provide every operation of `fit`.
@@ -105,12 +105,6 @@ def refusal(
         return "this build of snmf_kernels has no CUDA code (reinstall it where a CUDA toolkit is found, SNMF_CUDA=1)"
     if module.cuda_device_count() == 0:
         return "the CUDA runtime of snmf_kernels finds no device (is the driver older than the toolkit?)"
-    if k is not None and operation == "ridge_solve":
-        from . import _cuda
-
-        largest = _cuda.ridge_max_k(device.index or 0, dtype)
-        if k > largest:
-            return f"a system of k = {k} does not fit shared memory (at most {largest} on {device})"
     return None
 
 

@@ -1,9 +1,11 @@
-// Runs the device's solve (csrc/ridge.hpp) with host threads as lanes and real barriers, and compares with a plain one.
-// Prints the worst relative residual and exits 0, or says what is wrong and exits 1. Built and run by
+// Runs the device's solves (csrc/ridge.hpp) with host threads as lanes and real barriers, and measures residuals.
+// Prints the worst relative one and exits 0, or says what is wrong and exits 1. Built and run by
 // tests/test_ridge_threads.py, also under ThreadSanitizer.
 #include <pthread.h>
 
+#include <algorithm>
 #include <cstdio>
+#include <memory>
 #include <random>
 #include <thread>
 #include <vector>
@@ -39,64 +41,163 @@ struct ThreadGroup {
     int teams() const { return teams_; }
     void team_sync() { of_team->wait(team_round++); }
     void sync() { of_group->wait(group_round++); }
+    static int32_t take(int32_t* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
 };
 
-// Solves with teams x lanes threads; returns each thread's answer, which must agree.
-template <typename T>
-std::vector<int> solve(const std::vector<T>& G, const std::vector<T>& B, std::vector<T>& X, int k, int64_t m, T ridge,
-                       int teams, int lanes) {
-    std::vector<T> workspace(snmf::ridge_workspace(k, m), T(NAN));
-    std::vector<Barrier*> team_barriers;
-    for (int team = 0; team < teams; ++team) team_barriers.push_back(new Barrier(lanes));
-    Barrier all(teams * lanes);
-    std::vector<int> info(teams * lanes, -1);
+// Runs work(group, number of the group) in groups of teams x lanes threads, all at once.
+template <typename Work>
+void run_groups(int groups, int teams, int lanes, Work work) {
+    std::vector<std::unique_ptr<Barrier>> of_teams, of_groups;
     std::vector<std::thread> threads;
-    for (int rank = 0; rank < teams * lanes; ++rank)
+    for (int g = 0; g < groups; ++g) of_groups.emplace_back(new Barrier(teams * lanes));
+    for (int team = 0; team < groups * teams; ++team) of_teams.emplace_back(new Barrier(lanes));
+    for (int rank = 0; rank < groups * teams * lanes; ++rank)
         threads.emplace_back([&, rank] {
-            ThreadGroup group{rank % lanes, lanes, rank / lanes, teams, team_barriers[rank / lanes], &all};
-            info[rank] = snmf::ridge_solve_group(group, G.data(), B.data(), X.data(), k, m, static_cast<int>(m), ridge,
-                                                 workspace.data());
+            const int g = rank / (teams * lanes), team = rank / lanes % teams;
+            ThreadGroup group{rank % lanes, lanes, team, teams, of_teams[g * teams + team].get(), of_groups[g].get()};
+            work(group, g);
         });
     for (auto& thread : threads) thread.join();
-    for (auto* barrier : team_barriers) delete barrier;
-    return info;
 }
 
+bool complain(const char* what, int where, double got, double wanted) {
+    std::printf("%s, case of size %d: got %g, wanted %g\n", what, where, got, wanted);
+    return false;
+}
+
+// A symmetric positive definite matrix [k, k] in double.
+std::vector<double> gram(int k, std::mt19937& random) {
+    std::normal_distribution<double> normal;
+    std::vector<double> factor(k * (k + 2)), G(k * k, 0.0);
+    for (double& value : factor) value = normal(random);
+    for (int i = 0; i < k; ++i)
+        for (int j = 0; j < k; ++j)
+            for (int p = 0; p < k + 2; ++p) G[i * k + j] += factor[i * (k + 2) + p] * factor[j * (k + 2) + p] / k;
+    return G;
+}
+
+// Whether (G + ridge I) x = b, with g(i, j) the lower triangle of G and x(i), b(i).
+template <typename Gram, typename Solution, typename Right>
+bool solves(int k, Gram g, double ridge, Solution x, Right b, double tolerance, double* worst) {
+    for (int i = 0; i < k; ++i) {
+        double sum = -static_cast<double>(b(i)), size = std::fabs(sum);
+        for (int j = 0; j < k; ++j) {
+            const double term = ((j <= i ? g(i, j) : g(j, i)) + (i == j ? ridge : 0)) * static_cast<double>(x(j));
+            sum += term;
+            size += std::fabs(term);
+        }
+        if (!(std::fabs(sum) / size <= tolerance)) return complain("residual", k, std::fabs(sum) / size, 0);
+        if (std::fabs(sum) / size > *worst) *worst = std::fabs(sum) / size;
+    }
+    return true;
+}
+
+// One system, solved by one group; what it takes and finds must be the same for all threads.
 template <typename T>
 bool check(int k, int64_t m, int teams, int lanes, double tolerance, double* worst) {
     std::mt19937 random(k * 1000 + m);
     std::normal_distribution<double> normal;
-    std::vector<T> factor(k * (k + 2)), G(k * k), B(k * m), X(k * m, T(NAN));
-    for (T& value : factor) value = static_cast<T>(normal(random));
+    const std::vector<double> exact = gram(k, random);
+    std::vector<T> G(k * k), B(k * m);
     for (T& value : B) value = static_cast<T>(normal(random));
     for (int i = 0; i < k; ++i)
-        for (int j = 0; j < k; ++j) {
-            T sum = 0;
-            for (int p = 0; p < k + 2; ++p) sum += factor[i * (k + 2) + p] * factor[j * (k + 2) + p];
-            G[i * k + j] = j <= i ? sum / k : T(NAN);  // only the lower triangle may be read
-        }
-    const T ridge = T(0.5);
-    for (int answer : solve(G, B, X, k, m, ridge, teams, lanes))
-        if (answer != 0) return std::printf("k=%d: info %d, wanted 0\n", k, answer), false;
-    for (int64_t c = 0; c < m; ++c)
-        for (int i = 0; i < k; ++i) {
-            double sum = -static_cast<double>(B[i * m + c]), size = std::fabs(sum);
-            for (int j = 0; j < k; ++j) {
-                const double g = (j <= i ? G[i * k + j] : G[j * k + i]) + (i == j ? ridge : T(0));
-                sum += g * X[j * m + c];
-                size += std::fabs(g * X[j * m + c]);
-            }
-            if (!(std::fabs(sum) / size <= tolerance)) return std::printf("k=%d: residual %g\n", k, sum / size), false;
-            if (std::fabs(sum) / size > *worst) *worst = std::fabs(sum) / size;
-        }
-    // A pivot that is not positive is named by all threads, and the result is NaN.
+        for (int j = 0; j < k; ++j) G[i * k + j] = j <= i ? static_cast<T>(exact[i * k + j]) : T(NAN);  // not to be read
     const int bad = k / 2;
-    G[bad * k + bad] = -100 * k;
-    for (int answer : solve(G, B, X, k, m, ridge, teams, lanes))
-        if (answer != bad + 1) return std::printf("k=%d: info %d, wanted %d\n", k, answer, bad + 1), false;
-    for (T value : X)
-        if (value == value) return std::printf("k=%d: a failed system left a number\n", k), false;
+    // The entry, how many larger ridges may follow, what the group must find, and the ridge that it takes then.
+    const struct { double entry; int escalations, info; double ridge; } cases[] = {
+        {1.0, 0, 0, 0.5}, {1.0, 3, 0, 0.5}, {-3.0, 0, bad + 1, 0}, {-3.0, 1, -1, 5}, {-3.0, 3, -1, 5},
+        {-30.0, 1, bad + 1, 0}, {-30.0, 2, -2, 50}, {-1e6, 3, bad + 1, 0}, {NAN, 2, bad + 1, 0},
+    };
+    for (const auto& c : cases) {
+        if (c.entry != 1.0)
+            for (int j = 0; j < k; ++j) (j <= bad ? G[bad * k + j] : G[j * k + bad]) = T(j == bad ? c.entry : 0);
+        std::vector<T> workspace(snmf::ridge_workspace(k, m), T(NAN)), X(k * m, T(7));
+        std::vector<int> info(teams * lanes, -99);
+        const snmf::Ladder<T> ladder{T(0.5), c.escalations, T(0)};
+        run_groups(1, teams, lanes, [&](ThreadGroup& group, int) {
+            const snmf::DenseSystem<T> system{G.data(), B.data(), X.data(), k, static_cast<int>(m), m};
+            info[group.team() * lanes + group.lane()] = snmf::ridge_solve_group(group, system, ladder, workspace.data());
+        });
+        for (int found : info)
+            if (found != c.info) return complain("info", k, found, c.info);
+        for (int64_t column = 0; column < m; ++column) {
+            if (c.info <= 0 &&
+                !solves(k, [&](int i, int j) { return static_cast<double>(G[i * k + j]); }, c.ridge,
+                        [&](int i) { return X[i * m + column]; }, [&](int i) { return B[i * m + column]; }, tolerance,
+                        worst))
+                return false;
+            for (int i = 0; i < k && c.info > 0; ++i)
+                if (X[i * m + column] == X[i * m + column]) return complain("failed, and yet", k, X[i * m + column], NAN);
+        }
+    }
     return true;
+}
+
+// Ragged systems: one small group for each neuron, several at a time, then several larger ones for each list.
+template <typename T>
+bool check_supports(double tolerance, double* worst) {
+    const int k = 14, d = 90;
+    const snmf::SizeClasses classes{{3, 5, 8, 12, k}, {0, 0, d, 2 * d, 3 * d}};
+    std::mt19937 random(3);
+    std::normal_distribution<double> normal;
+    std::vector<double> exact = gram(k, random);
+    // Of the last features the first needs one larger ridge, and the second more than there are.
+    for (int j = 0; j < k; ++j)
+        for (int i : {k - 2, k - 1}) exact[i * k + j] = exact[j * k + i] = i == j ? (i == k - 2 ? -3 : -1e6) : 0;
+    const std::vector<T> G(exact.begin(), exact.end());
+    std::vector<int64_t> offsets{0}, members;
+    std::vector<int> wanted;
+    for (int r = 0; r < d; ++r) {
+        const int size = r % 2 ? r % 4 : r / 2 % (k + 1);
+        std::vector<int64_t> all(k);
+        for (int i = 0; i < k; ++i) all[i] = i;
+        std::shuffle(all.begin(), all.end() - (r % 7 ? 2 : 0), random);
+        members.insert(members.end(), all.begin(), all.begin() + size);
+        offsets.push_back(static_cast<int64_t>(members.size()));
+        int info = 0;
+        for (int i = 0; i < size; ++i) {
+            if (all[i] == k - 2 && info == 0) info = -1;
+            if (all[i] == k - 1) info = i + 1;
+        }
+        wanted.push_back(info);
+    }
+    std::vector<T> B(members.size()), X(members.size(), T(7));
+    for (T& value : B) value = static_cast<T>(normal(random));
+    std::vector<int32_t> info(d, -99), counts(snmf::size_classes, 0), lists(4 * d, -99);
+    const snmf::SupportBatch<T> batch{G.data(), k, offsets.data(), members.data(), B.data(), X.data(), info.data()};
+    const snmf::Ladder<T> ladder{T(0.5), 1, T(0)};
+    for (int r = 0; r < d; r += 3) {
+        std::vector<T> workspace(3 * snmf::ridge_workspace(classes.limit[0], 1), T(NAN));
+        run_groups(3, 1, 2, [&](ThreadGroup& group, int g) {
+            snmf::support_solve_or_list(group, batch, r + g, classes, counts.data(), lists.data(), ladder,
+                                        workspace.data() + g * snmf::ridge_workspace(classes.limit[0], 1));
+        });
+    }
+    int listed = 0;
+    for (int c = 1; c < snmf::size_classes; ++c) {
+        if (counts[c] < 3) return complain("too few systems for the test", c, counts[c], 3);
+        listed += counts[c];
+        const int64_t elements = snmf::ridge_workspace(classes.limit[c], 1);
+        std::vector<T> workspace(2 * elements, T(NAN));
+        run_groups(2, 2, 2, [&](ThreadGroup& group, int g) {
+            snmf::support_solve_listed(group, batch, lists.data() + classes.first[c], counts[c], g, 2, ladder,
+                                       workspace.data() + g * elements);
+        });
+    }
+    for (int r = 0; r < d; ++r) {
+        const int64_t first = offsets[r];
+        const int size = static_cast<int>(offsets[r + 1] - first);
+        listed -= size > classes.limit[0];
+        if (info[r] != wanted[r]) return complain("info of a support", size, info[r], wanted[r]);
+        for (int i = 0; i < size && wanted[r] > 0; ++i)
+            if (X[first + i] == X[first + i]) return complain("failed, and yet", size, X[first + i], NAN);
+        if (wanted[r] <= 0 &&
+            !solves(size, [&](int i, int j) { return static_cast<double>(G[members[first + i] * k + members[first + j]]); },
+                    wanted[r] ? 5.0 : 0.5, [&](int i) { return X[first + i]; }, [&](int i) { return B[first + i]; },
+                    tolerance, worst))
+            return false;
+    }
+    return listed == 0 || complain("listed beyond those that are large", d, listed, 0);
 }
 
 }  // namespace
@@ -110,6 +211,7 @@ int main() {
             if (!check<float>(shape[0], shape[1], group[0], group[1], 1e-5, &worst) ||
                 !check<double>(shape[0], shape[1], group[0], group[1], 1e-13, &worst))
                 return 1;
+    if (!check_supports<float>(1e-5, &worst) || !check_supports<double>(1e-13, &worst)) return 1;
     std::printf("worst residual %g\n", worst);
     return 0;
 }
