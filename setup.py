@@ -145,7 +145,7 @@ class BuildKernels(build_ext):
         if not archs:
             raise SystemExit("SNMF_CUDA_ARCHS: wanted compute capabilities such as '80;90', got nothing")
         target = build / "ridge.o"
-        sources = [CSRC / name for name in ("ridge.cu", "ridge.hpp", "ladder.hpp", "cuda.hpp")]
+        sources = [CSRC / name for name in ("ridge.cu", "plan.hpp", "ridge.hpp", "ladder.hpp", "cuda.hpp")]
         command = [
             str(toolkit / "bin" / "nvcc"),
             "-O3",

@@ -11,20 +11,14 @@
 #include <cuda_runtime.h>
 
 #include "cuda.hpp"
-#include "ridge.hpp"
+#include "plan.hpp"
 
 namespace snmf::cuda {
 namespace {
 
 constexpr int warp_size = 32;
 constexpr int warps_per_block = 4;       // warp-per-system kernel
-constexpr int max_threads = 512, slot_threads = 1024;  // of a block with the factor in shared or in global memory
-constexpr int64_t max_warp_k = 32;
 constexpr int64_t max_columns = 64;      // right-hand sides of one group
-// Slots of systems beyond shared memory: so many bytes together, which second-level caches hold, but one at least.
-constexpr int64_t slot_budget = 32 << 20;
-constexpr int64_t slot_alignment = 256;
-constexpr int64_t max_packed_k = 46000;  // k (k + 1) fits 31 bits
 
 struct WarpGroup {
     __device__ int lane() const { return threadIdx.x % warp_size; }
@@ -92,49 +86,10 @@ int64_t attribute(cudaDeviceAttr name, int device) {
     return cudaDeviceGetAttribute(&value, name, device) == cudaSuccess ? value : 0;
 }
 
-int64_t shared_limit(int device) { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device); }
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-int64_t aligned(int64_t bytes) { return (bytes + slot_alignment - 1) / slot_alignment * slot_alignment; }
-
-// Bytes of a workspace for one right-hand side.
-int64_t workspace_bytes(int64_t k, int64_t element_size) { return ridge_workspace(k, 1) * element_size; }
-
-int threads_for(int64_t k) { return k <= 64 ? 128 : k <= 128 ? 256 : max_threads; }
-
-// How many systems, blocks and bytes support_solve reckons with: all that can be, since it does not ask the device.
-struct SupportPlan {
-    SizeClasses classes;
-    int64_t blocks[size_classes];  // 0 for a class that must be empty
-    int64_t slot_bytes;
-    int64_t lists_at, slots_at, bytes;  // of the workspace; the counts lie at its beginning
-
-    SupportPlan(int64_t k, int64_t d, int64_t members, int device, int64_t element_size) {
-        const int64_t processors = attribute(cudaDevAttrMultiProcessorCount, device);
-        const int64_t shared = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-        const int64_t largest = ridge_max_k(device, static_cast<int>(element_size));
-        const int64_t limits[] = {max_warp_k, 64, 128, largest, k};
-        slot_bytes = aligned(workspace_bytes(k, element_size));
-        int64_t listed = 0;
-        for (int c = 0; c < size_classes; ++c) {
-            classes.limit[c] = least(least(limits[c], k), c + 1 < size_classes ? largest : k);
-            classes.first[c] = listed;
-            blocks[c] = 0;
-            if (c == 0 || classes.limit[c] == classes.limit[c - 1]) continue;
-            // Each system of this class has more members than the class before allows.
-            const int64_t most = least(d, members / (classes.limit[c - 1] + 1));
-            listed += most;
-            const int64_t resident = c + 1 < size_classes
-                                         ? processors * (shared / (workspace_bytes(classes.limit[c], element_size) + 1024))
-                                         : least(processors, slot_budget / slot_bytes);
-            blocks[c] = least(most, resident > 1 ? resident : 1);
-        }
-        lists_at = aligned(size_classes * static_cast<int64_t>(sizeof(int32_t)));
-        slots_at = lists_at + aligned(listed * static_cast<int64_t>(sizeof(int32_t)));
-        bytes = slots_at + blocks[size_classes - 1] * slot_bytes;
-    }
-};
+DeviceLimits limits_of(int device) {
+    return {attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+            attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
+}
 
 // Puts the calling thread's device back: torch's own runtime shares the thread's current context with this one.
 class DeviceGuard {
@@ -192,10 +147,7 @@ int device_count() {
 }
 
 int64_t ridge_max_k(int device, int element_size) {
-    const int64_t elements = shared_limit(device) / element_size;
-    int64_t k = 0;
-    while (ridge_workspace(k + 1, 1) <= elements) ++k;
-    return k;
+    return largest_in_shared(limits_of(device), element_size);
 }
 
 template <typename T>
@@ -206,7 +158,7 @@ const char* ridge_solve(const T* G, const T* B, T* X, int32_t* info, int64_t bat
     const auto on = reinterpret_cast<cudaStream_t>(stream);
     if (batch == 0) return nullptr;
     if (k == 0 || m == 0) return text_of(cudaMemsetAsync(info, 0, static_cast<size_t>(batch) * sizeof(int32_t), on));
-    const int64_t limit = shared_limit(device);
+    const int64_t limit = limits_of(device).shared_per_block;
     int64_t columns = m < max_columns ? m : max_columns;
     if (k <= max_warp_k) {
         if (columns > warp_size) columns = warp_size;
@@ -218,7 +170,7 @@ const char* ridge_solve(const T* G, const T* B, T* X, int32_t* info, int64_t bat
 }
 
 int64_t support_workspace(int64_t k, int64_t d, int64_t members, int device, int element_size) {
-    return SupportPlan(k, d, members, device, element_size).bytes;
+    return SupportPlan(k, d, members, limits_of(device), element_size).bytes;
 }
 
 template <typename T>
@@ -231,7 +183,8 @@ const char* support_solve(const T* G, const int64_t* offsets, const int64_t* mem
     if (d > INT32_MAX) return "too many neurons for one launch";
     if (k > max_packed_k) return "the systems are too large for 32-bit places in a factor";
     const auto on = reinterpret_cast<cudaStream_t>(stream);
-    const SupportPlan plan(k, d, member_count, device, sizeof(T));
+    const DeviceLimits limits = limits_of(device);
+    const SupportPlan plan(k, d, member_count, limits, sizeof(T));
     char* memory = static_cast<char*>(workspace);
     auto* counts = reinterpret_cast<int32_t*>(memory);
     auto* lists = reinterpret_cast<int32_t*>(memory + plan.lists_at);
@@ -244,7 +197,7 @@ const char* support_solve(const T* G, const int64_t* offsets, const int64_t* mem
     support_warp_kernel<T><<<static_cast<unsigned>(warp_blocks), warps_per_block * warp_size, warp_bytes, on>>>(
         batch, d, plan.classes, counts, lists, ladder);
     const auto in_shared = support_block_kernel<T, true>;
-    if (const auto failed = allow_shared(in_shared, shared_limit(device))) return failed;
+    if (const auto failed = allow_shared(in_shared, limits.shared_per_block)) return failed;
     error = cudaGetLastError();
     for (int c = 1; c < size_classes && error == cudaSuccess; ++c) {
         if (plan.blocks[c] == 0) continue;

@@ -10,7 +10,7 @@
 #include <thread>
 #include <vector>
 
-#include "ridge.hpp"
+#include "plan.hpp"
 
 namespace {
 
@@ -200,6 +200,51 @@ bool check_supports(double tolerance, double* worst) {
     return listed == 0 || complain("listed beyond those that are large", d, listed, 0);
 }
 
+// Whatever the sizes are, they find room in what was planned without them.
+bool check_plan() {
+    std::mt19937 random(1);
+    for (int repeat = 0; repeat < 3000; ++repeat) {
+        // What an A100 and an H100 have, and an older device.
+        const snmf::DeviceLimits devices[] = {{108, 163 << 10, 164 << 10}, {132, 227 << 10, 228 << 10}, {40, 64 << 10, 64 << 10}};
+        const snmf::DeviceLimits& device = devices[random() % 3];
+        const int element_size = repeat % 2 ? 4 : 8, k = static_cast<int>(random() % (repeat % 3 ? 1200 : 40));
+        const int d = static_cast<int>(random() % 50), busiest = static_cast<int>(random() % (k + 1));
+        std::vector<int64_t> sizes(d);
+        int64_t members = 0;
+        for (int64_t& size : sizes) {
+            size = random() % 3 ? static_cast<int64_t>(random() % (busiest + 1)) : busiest;
+            members += size;
+        }
+        const snmf::SupportPlan plan(k, d, members, device, element_size);
+        const int64_t* limit = plan.classes.limit;
+        int64_t counts[snmf::size_classes] = {};
+        for (int64_t size : sizes) {
+            int c = 0;
+            while (size > limit[c]) ++c;  // ends at k
+            ++counts[c];
+        }
+        for (int c = 0; c < snmf::size_classes; ++c) {
+            const bool in_shared = c + 1 < snmf::size_classes;
+            const int64_t end = in_shared ? plan.classes.first[c + 1] : (plan.slots_at - plan.lists_at) / 4;
+            if (c > 0 && limit[c] < limit[c - 1]) return complain("limits", k, limit[c], limit[c - 1]);
+            if (c > 0 && counts[c] > end - plan.classes.first[c]) return complain("room", k, end, counts[c]);
+            if (c > 0 && counts[c] && !plan.blocks[c]) return complain("blocks", k, 0, 1);
+            if (plan.blocks[c] > d) return complain("more blocks than systems", k, plan.blocks[c], d);
+            const int64_t bytes = snmf::workspace_bytes(limit[c], element_size) * (c ? 1 : 4);
+            if (in_shared && bytes > device.shared_per_block) return complain("shared memory", limit[c], bytes, 0);
+        }
+        // A factor goes to global memory only where shared memory does not hold it.
+        const int last = snmf::size_classes - 1;
+        if (plan.blocks[last] && snmf::workspace_bytes(limit[last - 1] + 1, element_size) <= device.shared_per_block)
+            return complain("needless slots", k, limit[last - 1], 0);
+        const int64_t slots = plan.bytes - plan.slots_at;
+        if (slots % snmf::slot_alignment || slots < plan.blocks[last] * snmf::workspace_bytes(k, element_size) ||
+            slots > std::max(snmf::slot_budget, plan.slot_bytes))
+            return complain("bytes of the slots", k, slots, plan.blocks[last]);
+    }
+    return true;
+}
+
 }  // namespace
 
 int main() {
@@ -211,6 +256,7 @@ int main() {
             if (!check<float>(shape[0], shape[1], group[0], group[1], 1e-5, &worst) ||
                 !check<double>(shape[0], shape[1], group[0], group[1], 1e-13, &worst))
                 return 1;
+    if (!check_plan()) return 1;
     if (!check_supports<float>(1e-5, &worst) || !check_supports<double>(1e-13, &worst)) return 1;
     std::printf("worst residual %g\n", worst);
     return 0;
