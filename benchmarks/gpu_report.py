@@ -162,8 +162,26 @@ def select():
         _triton.SELECT_BLOCK, _triton.SELECT_WARPS = committed
 
 
+def compare(operation, exact, *arguments):
+    """Times and errors of a solve in torch and in CUDA, if this device has it."""
+    function = getattr(reference, operation)
+    facts = {
+        **timed("torch", function, *arguments),
+        "torch_error": error_of(function(*arguments)[0], exact),
+    }
+    refused = _backends.refusal("cuda", exact.device, arguments[0].dtype, operation)
+    if refused is None:
+        from snmf_kernels import _cuda
+
+        function = getattr(_cuda, operation)
+        facts |= timed("cuda", function, *arguments)
+        facts["speedup"] = facts["torch_ms"] / facts["cuda_ms"]
+        facts["error"] = error_of(function(*arguments)[0], exact)
+    return {**facts, "refused": refused}
+
+
 def solve():
-    """Batched regularised solves against torch.linalg."""
+    """Batched and ragged regularised solves against torch.linalg, which asks the device for the ragged ones' sizes."""
     sizes = shapes(
         [
             (10_000, 8, 1),
@@ -173,28 +191,34 @@ def solve():
             (256, 200, 1),
             (1, 100, 14336),
             (1, 200, 14336),
+            (1, 400, 2688),  # by torch.linalg
         ],
         [(3, 4, 2)],
     )
-    for (batch, k, m), dtype in itertools.product(sizes, (torch.float32, torch.float64)):
+    dtypes = (torch.float32, torch.float64)
+    for (batch, k, m), dtype, escalations in itertools.product(sizes, dtypes, (0, 8)):
         factor = torch.randn(batch, k, k, device=DEVICE, dtype=dtype)
         G, B = factor @ factor.mT / k, torch.randn(batch, k, m, device=DEVICE, dtype=dtype)
-        exact = torch.linalg.solve(
-            G.double() + 0.1 * torch.eye(k, device=DEVICE, dtype=torch.float64), B.double()
-        )
-        facts = {
-            "name": f"solve {str(dtype)[6:]} batch={batch} k={k} m={m}",
-            **timed("torch", reference.ridge_solve, G, B, 0.1),
-            "torch_error": error_of(reference.ridge_solve(G, B, 0.1)[0], exact),
+        regular = G.double() + 0.1 * torch.eye(k, device=DEVICE, dtype=torch.float64)
+        exact = torch.linalg.solve(regular, B.double())
+        yield {
+            "name": f"solve {str(dtype)[6:]} batch={batch} k={k} m={m} escalations={escalations}",
+            **compare("ridge_solve", exact, G, B, 0.1, escalations),
         }
-        refused = _backends.refusal("cuda", B.device, dtype, "ridge_solve", k)
-        if refused is None:
-            from snmf_kernels import _cuda
-
-            facts |= timed("cuda", _cuda.ridge_solve, G, B, 0.1)
-            facts["speedup"] = facts["torch_ms"] / facts["cuda_ms"]
-            facts["error"] = error_of(_cuda.ridge_solve(G, B, 0.1)[0], exact)
-        yield {**facts, "refused": refused}
+    for (d, k), dtype in itertools.product(
+        shapes([(14336, 100), (14336, 400), (14336, 1000)], [(30, 5)]), dtypes
+    ):
+        # Neurons differ in how often they are kept: some by nearly all features, most by few.
+        popularity = torch.randn(d, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0)).exp()
+        scores = torch.rand(d, k, device=DEVICE).log() / popularity[:, None]
+        supports, _ = reference.winner_take_all(1 / scores, -(-d // 100)).supports()
+        factor = torch.randn(k, 2 * k, device=DEVICE, dtype=dtype)
+        B = torch.randn(len(supports.members), device=DEVICE, dtype=dtype)
+        G = factor @ factor.T / k
+        exact, _ = reference.support_solve(G.double(), supports, B.double(), 0.1)
+        facts = compare("support_solve", exact, G, supports, B, 0.1)
+        largest = int(supports.offsets.diff().max())
+        yield {"name": f"supports {str(dtype)[6:]} d={d} k={k}", "largest": largest, **facts}
 
 
 class FirstReach:

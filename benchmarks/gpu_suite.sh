@@ -23,8 +23,9 @@ stage() {  # name, seconds, command...
 stage build 120 env SNMF_CUDA=1 python3 setup.py build_ext --inplace
 export PYTHONPATH=$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}
 stage facts 60 python3 -m snmf_kernels
+stage context 60 python3 -m pytest -q -m gpu tests/test_cuda_context.py -p no:cacheprovider
 stage tests 240 python3 -m pytest -q -m gpu tests --ignore=tests/interp -p no:cacheprovider
-for tool in memcheck racecheck; do
+for tool in memcheck racecheck synccheck; do
     stage "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 1 python3 benchmarks/gpu_driver.py
 done
 LINES_SHOWN=60 stage report 480 python3 benchmarks/gpu_report.py --out "$OUT" --stages "$STAGES"

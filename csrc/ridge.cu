@@ -81,9 +81,17 @@ __global__ void __launch_bounds__(in_shared ? max_threads : slot_threads, in_sha
     support_solve_listed(group, batch, list, *count, blockIdx.x, gridDim.x, ladder, workspace);
 }
 
+// Clears the error, so that the check after the next launch does not find it.
+bool succeeded(cudaError_t error) {
+    if (error != cudaSuccess) cudaGetLastError();
+    return error == cudaSuccess;
+}
+
+const char* text_of(cudaError_t error) { return succeeded(error) ? nullptr : cudaGetErrorString(error); }
+
 int64_t attribute(cudaDeviceAttr name, int device) {
     int value = 0;
-    return cudaDeviceGetAttribute(&value, name, device) == cudaSuccess ? value : 0;
+    return succeeded(cudaDeviceGetAttribute(&value, name, device)) ? value : 0;
 }
 
 DeviceLimits limits_of(int device) {
@@ -112,8 +120,6 @@ class DeviceGuard {
     cudaError_t error_;
 };
 
-const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
-
 // The same for every launch of a kernel: a smaller one, asked for by another thread meanwhile, would not do.
 template <typename Kernel>
 const char* allow_shared(Kernel kernel, int64_t limit) {
@@ -139,11 +145,7 @@ const char* launch(const T* G, const T* B, T* X, int32_t* info, int64_t batch, i
 
 int device_count() {
     int count = 0;
-    if (cudaGetDeviceCount(&count) != cudaSuccess) {
-        cudaGetLastError();  // clears the error, so that it does not surface in somebody else's check
-        return 0;
-    }
-    return count;
+    return succeeded(cudaGetDeviceCount(&count)) ? count : 0;
 }
 
 int64_t ridge_max_k(int device, int element_size) {

@@ -319,8 +319,7 @@ def escalated_ridge(G: Tensor, ridge: float, floor: float, steps: Tensor) -> Ten
     """The ridges of systems ``G [batch, k, k]`` after ``steps [batch]`` escalations, ``[batch]``.
 
     ``ridge`` itself, then ``max(10 ridge, floor · max_i G_ii)``, and tenfold from there. A ``floor`` below the
-    precision of the dtype counts as that precision. With ``steps = (−info).clamp(min=0)`` it is what
-    :func:`ridge_solve` used.
+    precision of the dtype counts as that. With ``steps = (−info).clamp(min=0)`` it is what :func:`ridge_solve` used.
     """
     limits = torch.finfo(G.dtype)
     # A zero beside the diagonal, for systems without a positive entry or without any; NaN is left out.

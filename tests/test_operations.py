@@ -997,30 +997,41 @@ def test_poisoned_memory_shows():
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 def test_kernels_follow_the_current_stream():
+    from snmf_kernels import _cuda
+
     Y, ZtA, ZtZ = coefficient_problem(40, 5000, torch.float32, "cuda")
     G, B = systems(8, 40, 30, torch.float32, "cuda")
-    wanted = ops.multiplicative_update(Y, ZtA, ZtZ), ops.ridge_solve(G, B, ridge=0.1)[0]
+    H, supports, b, _, _ = support_problem(300, 40, 0.5, torch.float32, "cuda")
+    wanted = (
+        ops.multiplicative_update(Y, ZtA, ZtZ),
+        ops.ridge_solve(G, B, ridge=0.1)[0],
+        _cuda.support_solve(H, supports, b, 0.1)[0],
+    )
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(
             50_000_000
         )  # inputs on this stream come late: a kernel on another stream would read garbage
-        late = [tensor.clone() for tensor in (Y, ZtA, ZtZ, G, B)]
-        got = ops.multiplicative_update(*late[:3]), ops.ridge_solve(*late[3:], ridge=0.1)[0]
+        late = [tensor.clone() for tensor in (Y, ZtA, ZtZ, G, B, H, b)]
+        got = (
+            ops.multiplicative_update(*late[:3]),
+            ops.ridge_solve(*late[3:5], ridge=0.1)[0],
+            _cuda.support_solve(late[5], supports, late[6], 0.1)[0],  # ops would wait, to check the supports
+        )
     stream.synchronize()
-    assert torch.equal(got[0], wanted[0])
-    assert torch.equal(got[1], wanted[1])
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_cuda_solve_up_to_the_largest_that_fits(dtype):
+def test_cuda_solve_up_to_the_largest_that_fits_and_beyond(dtype):
     from snmf_kernels import _cuda
 
     largest = _cuda.ridge_max_k(0, dtype)
-    for k in (31, 32, 33, 64, 128, 129, largest):
+    for k in (31, 32, 33, 64, 128, 129, largest, largest + 1):  # the last one by torch.linalg
         G, B = systems(2, k, 70, dtype, "cuda")
         X, info = ops.ridge_solve(G, B, ridge=0.1, backend="cuda")
         wanted = torch.linalg.solve(
@@ -1028,7 +1039,3 @@ def test_cuda_solve_up_to_the_largest_that_fits(dtype):
         )
         assert info.tolist() == [0, 0]
         assert_near(X, wanted, SOLVE_TOLERANCE[dtype])
-    G, B = systems(1, largest + 1, 1, dtype, "cuda")
-    with pytest.raises(snmf_kernels.BackendError, match="does not fit shared memory"):
-        ops.ridge_solve(G, B, backend="cuda")
-    assert _backends.choose("ridge_solve", B.device, dtype, k=largest + 1).backend == "torch"

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import runs_here
+from conftest import GPU, runs_here
 from problems import SOLVE_TOLERANCE, assert_near
 
 from snmf_kernels import _loop, ops, reference
@@ -20,7 +20,7 @@ DEPTHS = [-1.0, 0.1, 1.0, 10.0, 40.0]
 
 
 def system(k, depth, generator):
-    """A symmetric matrix ``[k, k]`` with ``−depth`` as its least eigenvalue; positive definite if that is positive."""
+    """A symmetric matrix ``[k, k]``: positive definite for a depth below 0, else its least eigenvalue is ``−depth``."""
     factor = torch.randn(k, k + 4, generator=generator, dtype=torch.float64)
     G = factor @ factor.T / (k + 4)
     if depth < 0:
@@ -211,3 +211,138 @@ def test_nothing_asks_a_gpu():
     Z = SparseColumns(torch.empty(9, 30, device="meta", dtype=torch.int64), torch.empty(9, 30, **meta), 4000)
     refit = _loop.refit_on_support(Z, torch.empty(9, 30, **meta), YYt, problem(kernels, 1e-6))
     assert refit.values.shape == (9, 30)
+
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
+
+
+def definite(k, dtype, seed=0):
+    """A symmetric positive definite matrix ``[k, k]`` of condition about 40 on the GPU."""
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.randn(k, k + 4, generator=generator, dtype=torch.float64)
+    return (factor @ factor.T / (k + 4) + 0.1 * torch.eye(k, dtype=torch.float64)).to("cuda", dtype)
+
+
+def supports_of(sizes, k, seed=0):
+    """Random supports of these sizes on the GPU."""
+    generator = torch.Generator().manual_seed(seed)
+    members = [torch.randperm(k, generator=generator)[:size] for size in sizes]
+    offsets = torch.tensor([0, *itertools.accumulate(sizes)])
+    return Supports(offsets.cuda(), torch.cat(members).cuda(), len(sizes))
+
+
+class TestOnAGpu:
+    """What concerns the launches: classes of sizes, lists, streams, capture, and that the host never waits."""
+
+    pytestmark = needs_gpu
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_every_class_of_sizes(self, dtype):
+        from snmf_kernels import _cuda
+
+        largest = _cuda.ridge_max_k(0, dtype)
+        k = largest + 60
+        sizes = [0, 1, 31, 32, 33, 64, 65, 128, 129, largest, largest + 1, largest + 40, k, 2, largest + 2]
+        supports, G = supports_of(sizes, k), definite(k, dtype)
+        B = torch.randn(sum(sizes), dtype=dtype, device="cuda")
+        X, info = ops.support_solve(G, supports, B, ridge=0.1, backend="cuda")
+        assert info.tolist() == [0] * len(sizes)
+        wanted, _ = reference.support_solve(G.double(), supports, B.double(), 0.1)
+        assert_near(X, wanted, SOLVE_TOLERANCE[dtype])
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_lists_longer_than_there_are_blocks(self, dtype):
+        sizes = [33 + r % 32 if r % 2 else r % 5 for r in range(20_000)]
+        supports, G = supports_of(sizes, 64), definite(64, dtype)
+        B = torch.randn(sum(sizes), dtype=dtype, device="cuda")
+        X, info = ops.support_solve(G, supports, B, ridge=0.1, backend="cuda")
+        assert not bool(info.any())
+        assert_near(
+            X, reference.support_solve(G.double(), supports, B.double(), 0.1)[0], SOLVE_TOLERANCE[dtype]
+        )
+        # Whatever the order in which systems were listed.
+        assert torch.equal(ops.support_solve(G, supports, B, ridge=0.1, backend="cuda")[0], X)
+
+    def test_one_large_system_too_many(self):
+        """More systems beyond shared memory than slots, one of which fails and one of which needs a larger ridge."""
+        k, sizes = 1500, [700, 1500, 1200, 0, 900, 1100, 800, 1300]
+        supports, G = supports_of(sizes, k), definite(k, torch.float64)
+        first = supports.members[supports.offsets[:-1].clamp(max=sum(sizes) - 1)].tolist()
+        G[first[0]] = G[:, first[0]] = 0
+        G[first[0], first[0]] = -0.5
+        B = torch.randn(sum(sizes), dtype=torch.float64, device="cuda")
+        for escalations in (0, 1):
+            got = ops.support_solve(
+                G, supports, B, ridge=0.1, escalations=escalations, floor=0.5, backend="cuda"
+            )
+            wanted = reference.support_solve(G, supports, B, 0.1, escalations, 0.5)
+            assert got[1].tolist() == wanted[1].tolist()
+            assert torch.equal(got[0].isnan(), wanted[0].isnan())
+            assert_near(got[0].nan_to_num(), wanted[0].nan_to_num(), SOLVE_TOLERANCE[torch.float64])
+
+    def test_systems_beyond_shared_memory_climb_as_well(self):
+        G = torch.stack([system(400, depth, torch.Generator().manual_seed(1)) for depth in DEPTHS])
+        B = torch.randn(5, 400, 3, dtype=torch.float64)
+        arguments = {"ridge": RIDGE, "escalations": 3}
+        X, info = ops.ridge_solve(G.cuda(), B.cuda(), backend="cuda", **arguments)
+        wanted, wanted_info = ops.ridge_solve(G, B, backend="torch", **arguments)
+        assert info[:4].tolist() == wanted_info[:4].tolist() == [0, -1, -2, -3]
+        assert int(info[4]) > 0
+        assert bool(X[4].isnan().all())
+        assert_near(X[:4], wanted[:4], 10 * SOLVE_TOLERANCE[torch.float64])
+
+    def test_the_host_never_waits(self):
+        """Neither torch, which says so, nor the module, whose launches return while the stream is busy."""
+        from snmf_kernels import _cuda
+
+        kernels = SimpleNamespace(ridge_solve=_cuda.ridge_solve, support_solve=_cuda.support_solve)
+        runs = []
+        for k in (20, 100, 400):  # a warp, a block, torch.linalg
+            Y = torch.rand(k, 600, device="cuda")
+            Y[1] = Y[0]
+            Z = reference.winner_take_all(torch.randn(300, k, device="cuda"), 40)
+            runs.append((Y @ Y.T, torch.randn(k, 300, device="cuda"), Z))
+
+        def work():
+            for YYt, AYt, Z in runs:
+                _loop.least_squares_(AYt.clone(), YYt, problem(kernels, 0.0))
+                _loop.refit_on_support(Z, Z.gather(AYt), YYt, problem(kernels, 1e-6))
+
+        work()  # loads the kernels
+        torch.cuda.synchronize()
+        torch.cuda._sleep(2_000_000_000)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert not torch.cuda.current_stream().query()
+        torch.cuda.synchronize()
+
+    def test_capture_in_a_graph(self):
+        from snmf_kernels import _cuda
+
+        supports = supports_of([3, 40, 100, 0, 300], 350)
+        G, B = definite(350, torch.float64), torch.randn(443, dtype=torch.float64, device="cuda")
+        dense = definite(50, torch.float64)[None]
+        right = torch.randn(1, 50, 4, dtype=torch.float64, device="cuda")
+
+        def work():
+            return _cuda.support_solve(G, supports, B, 0.1, 2), _cuda.ridge_solve(dense, right, 0.1, 2)
+
+        warm = torch.cuda.Stream()
+        warm.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm):
+            work()
+        torch.cuda.current_stream().wait_stream(warm)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = work()
+        for scale in (1.0, -3.0):
+            B.mul_(scale)
+            right.mul_(scale)
+            graph.replay()
+            torch.cuda.synchronize()
+            for (X, info), (wanted, wanted_info) in zip(captured, work(), strict=True):
+                assert torch.equal(X, wanted)
+                assert torch.equal(info, wanted_info)
