@@ -1,11 +1,13 @@
 """Take the MLPs of a language model apart into groups of neurons that people can read.
 
-    from snmf_interp import collect, describe, load_model, read_texts
+    from snmf_interp import collect, describe, generate, load_model, read_texts, steer
 
     model = load_model("smollm2-135m")
     store = collect(model, read_texts("concepts"), layers="12")
     factors = snmf_kernels.fit(store.layer(12).T, k=100)
     features = describe(factors, store, model, layer=12)
+    with steer(model, {12: factors.Z[:, 7]}, strength=8.0):
+        print(generate(model, "I think that")[0][0].text)
 
 Names are imported when they are first used, so that the command line answers at once.
 """
@@ -26,42 +28,59 @@ if TYPE_CHECKING:
         split_texts,
     )
     from .features import Feature, describe
+    from .generation import Continuation, generate
     from .models import LanguageModel, load_model
+    from .steering import Intervention, steer
     from .store import ActivationStore
+    from .strengths import Strength, solve_strength, solve_strengths
     from .texts import Sample, read_texts
 
 __all__ = [
     "ActivationStore",
+    "Continuation",
     "Detection",
     "Feature",
+    "Intervention",
     "LanguageModel",
     "Sample",
+    "Strength",
     "best_neurons",
     "collect",
     "describe",
     "evaluate_features",
+    "generate",
     "load_model",
     "permuted_labels",
     "random_directions",
     "read_texts",
+    "solve_strength",
+    "solve_strengths",
     "split_texts",
+    "steer",
 ]
 
 _HOMES = {
     "ActivationStore": "store",
+    "Continuation": "generation",
     "Detection": "evaluation",
     "Feature": "features",
+    "Intervention": "steering",
     "LanguageModel": "models",
     "Sample": "texts",
+    "Strength": "strengths",
     "best_neurons": "evaluation",
     "collect": "activations",
     "describe": "features",
     "evaluate_features": "evaluation",
+    "generate": "generation",
     "load_model": "models",
     "permuted_labels": "evaluation",
     "random_directions": "evaluation",
     "read_texts": "texts",
+    "solve_strength": "strengths",
+    "solve_strengths": "strengths",
     "split_texts": "evaluation",
+    "steer": "steering",
 }
 
 

@@ -237,7 +237,7 @@ class _Run:
             ids, mask = hooks.pad(
                 [self.corpus.tokens_of(sample) for sample in batch],
                 side=self.options.padding_side,
-                pad_id=self._pad_id,
+                pad_id=self.model.pad_id,
             )
             with hooks.capture(self.model, layers, stop_early=True) as captured:
                 hooks.forward(self.model, ids, mask)
@@ -268,12 +268,6 @@ class _Run:
                 f"{self.options.model_dtype}; load it in bfloat16 or float32"
             )
         return stored
-
-    @property
-    def _pad_id(self) -> int:
-        # Any id will do, for the mask keeps it from every real token.
-        pad = self.model.tokenizer.pad_token_id
-        return 0 if pad is None else int(pad)
 
     def n_padding(self) -> int:
         """Padding positions that the passes compute and nobody keeps."""

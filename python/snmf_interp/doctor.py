@@ -173,8 +173,7 @@ class _DeliberateError(Exception):
 
 
 def _batch(model: LanguageModel, ids: Sequence[list[int]], side: str) -> tuple[Tensor, Tensor]:
-    pad = model.tokenizer.pad_token_id
-    return hooks.pad(ids, side=side, pad_id=0 if pad is None else pad)
+    return hooks.pad(ids, side=side, pad_id=model.pad_id)
 
 
 def _deviation(a: Tensor, b: Tensor) -> float:

@@ -76,10 +76,21 @@ def pad(sequences: Sequence[Sequence[int]], *, side: str, pad_id: int) -> tuple[
     return ids, mask
 
 
-def forward(model: LanguageModel, input_ids: Tensor, attention_mask: Tensor) -> Any:
-    """One forward pass without cache or gradients; texts count from position 0 wherever padding is."""
-    inputs = {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
-    if "position_ids" in inspect.signature(model.model.forward).parameters:
+def forward(
+    model: LanguageModel, input_ids: Tensor, attention_mask: Tensor, *, last_only: bool = False
+) -> Any:
+    """One forward pass without cache or gradients; texts count from position 0 wherever padding is.
+
+    With ``last_only``, models that can spare the logits of all positions but the last do so.
+    """
+    inputs: dict[str, Any] = {
+        "input_ids": input_ids.to(model.device),
+        "attention_mask": attention_mask.to(model.device),
+    }
+    parameters = inspect.signature(model.model.forward).parameters
+    if "position_ids" in parameters:
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+    if last_only and "logits_to_keep" in parameters:
+        inputs["logits_to_keep"] = 1
     with torch.inference_mode():
         return model.model(**inputs, use_cache=False)

@@ -135,9 +135,14 @@ class LanguageModel:
     def _text_config(self) -> Any:
         return self.model.config.get_text_config()
 
+    def block(self, layer: int) -> nn.Module:
+        """The transformer block: attention and MLP."""
+        module: nn.Module = self._blocks[self._checked(layer)]
+        return module
+
     def down_projection(self, layer: int) -> nn.Module:
         """The module whose input holds the neurons' activations: ``[..., d_mlp] -> [..., d_model]``."""
-        return _resolve(self._blocks[self._checked(layer)], self._layout.down)
+        return _resolve(self.block(layer), self._layout.down)
 
     def down_weight(self, layer: int) -> Tensor:
         """Its weight as ``[d_model, d_mlp]``, a view: ``W_down @ z`` is what a neuron vector writes."""
@@ -233,6 +238,12 @@ class LanguageModel:
     def start_token_id(self) -> int | None:
         """The id put in front of every text, or None when there is none."""
         return self._start
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills short rows of a batch, where the attention mask hides it: 0 without a pad token."""
+        pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else int(pad)
 
     @property
     def special_ids(self) -> frozenset[int]:
