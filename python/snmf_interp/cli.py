@@ -360,6 +360,104 @@ def features(
             )
 
 
+@_command("steer")
+def steer(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR|MODEL",
+            help="A run with a factorised layer; or a model, to steer by --vector or --neurons.",
+        ),
+    ],
+    layer: Annotated[int, typer.Option(help="Which layer.")],
+    feature: Annotated[int | None, typer.Option(help="Which feature of the run.")] = None,
+    vector: Annotated[
+        Path | None, typer.Option(help="Any direction over the layer's neurons, a .npy file.")
+    ] = None,
+    neurons: Annotated[
+        str | None,
+        typer.Option(help="Such as 3,17-20: these neurons; with --feature or --vector, its part on them."),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text to continue; may be given several times.", show_default="I think that, as in the paper"
+        ),
+    ] = None,
+    kl: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="How far the next-token distribution is to move, in nats; may be given several times.",
+            show_default="0.25",
+        ),
+    ] = None,
+    strength: Annotated[
+        list[float] | None,
+        typer.Option(help="Instead of --kl, in units of activation; may be given several times."),
+    ] = None,
+    negative: Annotated[bool, typer.Option("--negative", help="Steer the other way.")] = False,
+    both: Annotated[bool, typer.Option("--both", help="Steer both ways.")] = False,
+    ablate: Annotated[bool, typer.Option("--ablate", help="Remove it instead of adding it.")] = False,
+    clamp: Annotated[
+        float | None, typer.Option(help="Hold its coefficient at this value instead of adding it.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Continuations of each prompt.")] = 3,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of a continuation.")] = 50,
+    temperature: Annotated[float, typer.Option(help="0 for the likeliest token.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample among the likeliest tokens of this total probability; 1 for all.")
+    ] = 0.9,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    model_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Precision a MODEL runs in: float32, bfloat16 or float16.",
+            show_default="float32; a run's own",
+        ),
+    ] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Show what the model writes with a feature turned up, down or off, beside what it writes without.
+
+    At every position the feature's direction is added to the neurons' activations, as strongly as moves the
+    next-token distribution by --kl. Where no strength does, the table says so and shows the strongest effect.
+    Steered and unsteered texts meet the same chance: they differ only as far as the predictions do.
+    """
+    import json
+
+    from . import steer_command
+    from .runs import ACTIVATIONS, Run
+
+    request = steer_command.Request(
+        layer, feature, vector, neurons, tuple(kl or ()), tuple(strength or ()), negative, both, ablate, clamp
+    )
+    opened = Run.open(target) if (Path(target) / ACTIVATIONS).is_dir() else None
+    if opened is not None and model_dtype is not None:
+        raise ValueError("--model-dtype: a run's model is loaded as it was collected")
+
+    def load() -> LanguageModel:
+        if opened is None:
+            return _load(target, model_dtype or "float32", device, "auto", None, False)
+        return _announce(opened.config["model"]["name"], lambda: opened.load_model(device=device))
+
+    result = steer_command.run(
+        terminal.console(),
+        request,
+        opened,
+        load,
+        prompt or ["I think that"],
+        quiet=as_json,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+
+
 @_command("demo")
 def demo(
     model: Annotated[str, typer.Option(help="smollm2-135m or gemma-3-270m.")] = "smollm2-135m",

@@ -61,10 +61,6 @@ def feature_table(features: Sequence[Feature], width: int, *, marks: bool, conte
 
 def feature_page(feature: Feature, width: int, *, marks: bool, contexts: int = 15) -> Group:
     """Everything about one feature."""
-    title = Text.assemble((f"layer {feature.layer}, feature {feature.index}", "bold"))
-    if feature.concept:
-        title.append(f"   {visible(feature.concept).replace('_', ' ')}", style="bold cyan")
-        title.append(f"  (average precision {feature.concept_precision:.2f})", style="dim")
     facts = Text(
         f"active on {feature.n_active:,} tokens ({feature.active_share:.1%}) · "
         f"{feature.energy:.1%} of the energy · {feature.n_neurons} neurons · "
@@ -80,7 +76,7 @@ def feature_page(feature: Feature, width: int, *, marks: bool, contexts: int = 1
     for token, line in zip(feature.tokens[:contexts], lines, strict=True):
         table.add_row(f"{token.strength:.3g}", f"{token.share:.0%}", line)
     return Group(
-        title,
+        _title(feature),
         facts,
         Text(),
         Text("strongest tokens (strength, share of the token's features)", style="bold"),
@@ -93,6 +89,15 @@ def feature_page(feature: Feature, width: int, *, marks: bool, contexts: int = 1
         Text(),
         Text("neurons (weight relative to ‖z‖)", style="bold"),
         Text(neurons),
+    )
+
+
+def feature_head(feature: Feature) -> Group:
+    """Its name, the words it fires on and those it makes likelier, on a line each."""
+    return Group(
+        _title(feature),
+        Text(counted_words(feature), style="green", no_wrap=True, overflow="ellipsis"),
+        _words_line("→ ", feature.distinctive),
     )
 
 
@@ -121,6 +126,14 @@ def context_line(token: TokenInContext, width: int, *, marks: bool) -> Text:
         fits = after[: right - 1]
         after = (fits[: fits.rfind(" ")] if " " in fits else fits) + "…"
     return Text.assemble(before, (shown, "bold yellow"), after, no_wrap=True, overflow="ellipsis")
+
+
+def _title(feature: Feature) -> Text:
+    title = Text.assemble((f"layer {feature.layer}, feature {feature.index}", "bold"))
+    if feature.concept:
+        title.append(f"   {visible(feature.concept).replace('_', ' ')}", style="bold cyan")
+        title.append(f"  (average precision {feature.concept_precision:.2f})", style="dim")
+    return title
 
 
 def _words_line(head: str, words: Sequence[tuple[str, float]]) -> Text:
