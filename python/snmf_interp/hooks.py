@@ -35,7 +35,7 @@ def capture(
         ``{layer: [..., d_mlp]}``, filled by the forward: the model's own tensors, not copies, in the shape
         that the model gives them (OPT flattens ``[b, t, d_mlp]`` to ``[b * t, d_mlp]``).
 
-    The hooks are removed when the block is left, by an exception too.
+    The hooks are removed when the block is left, by an exception too. A compiled model runs eagerly inside it.
     """
     captured: dict[int, Tensor] = {}
     stop = _StopForwardError()
@@ -54,7 +54,8 @@ def capture(
         for layer in layers:
             hook = watch(layer, stop_early and layer == deepest)
             handles.append(model.down_projection(layer).register_forward_pre_hook(hook))
-        yield captured
+        with without_compiled_code():
+            yield captured
     except _StopForwardError as caught:
         # Blocks may be nested: another block's stop is not ours to end.
         if caught is not stop:
@@ -62,6 +63,14 @@ def capture(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def without_compiled_code() -> contextlib.AbstractContextManager[Any]:
+    """Inside the block, hooks run in modules that ``torch.compile`` compiled before the hooks were added.
+
+    Dynamo does not look for such hooks; so compiled code of this process runs eagerly instead.
+    """
+    return torch.compiler.set_stance("force_eager")
 
 
 def pad(sequences: Sequence[Sequence[int]], *, side: str, pad_id: int) -> tuple[Tensor, Tensor]:

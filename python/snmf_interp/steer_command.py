@@ -90,9 +90,9 @@ class _Setting:
             return Text("ablated" if value is None else f"clamped to {_number(value)}")
         title = Text(f"strength {_number(value)}")
         if self.solved is not None:
-            title.append(f", KL {self.solved.kl:.3f}")
+            title.append(f", KL {self.solved.kl:.3g}")
             if not self.solved.reached:
-                title.append(f"\n{self.solved.target:g} not reached: this is the most", style="yellow")
+                title.append(f"\n{self.solved.target:g} not reached: at most this", style="yellow")
         return title
 
 

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import hooks
+
 if TYPE_CHECKING:
     import snmf_kernels
 
@@ -141,8 +143,7 @@ def steer(
                     model.block(layer).register_forward_pre_hook(site.count_rows, with_kwargs=True)
                 )
             handles.append(model.down_projection(layer).register_forward_pre_hook(site))
-        # Dynamo does not look for hooks that were added after it compiled a module.
-        with torch.compiler.set_stance("force_eager"):
+        with hooks.without_compiled_code():
             yield
     finally:
         for handle in handles:

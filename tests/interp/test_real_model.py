@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import snmf_kernels
-from snmf_interp import LanguageModel, collect, describe, load_model, read_texts
+from snmf_interp import LanguageModel, collect, describe, load_model, read_texts, solve_strengths, steer
 from snmf_interp.doctor import check_model
 
 pytestmark = [
@@ -66,3 +66,19 @@ def test_first_token_becomes_a_sink_without_a_start_token(model: LanguageModel) 
         hooks.forward(model, ids, torch.ones_like(ids))
     norms = captured[11][0].norm(dim=1)
     assert norms[0] > 50 * norms[1:].median()
+
+
+def test_steering(model: LanguageModel) -> None:
+    """Any direction reaches the paper's targets in layer 23, and the KV cache changes nothing under steering."""
+    z = torch.randn(model.d_mlp(23), generator=torch.Generator().manual_seed(0))
+    plus, minus = solve_strengths(model, 23, z, [0.25])
+    assert plus.reached
+    assert minus.reached
+    assert max(plus.kl, minus.kl) <= 0.255
+    assert minus.strength < 0 < plus.strength
+    ids = torch.tensor([model.encode("I think that")])
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    with steer(model, {23: z}, strength=4 * plus.strength):
+        cached, whole = (model.model.generate(ids, **options, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, whole)
+    assert not torch.equal(cached, model.model.generate(ids, **options))

@@ -64,7 +64,7 @@ def test_side_by_side(run: Path) -> None:
     assert shown.count("strength +") == 2
     assert shown.count("strength −") == 2
     assert "KL 0.05" in shown
-    assert shown.count("99 not reached: this is the most") == 2
+    assert shown.count("99 not reached: at most this") == 2
     assert max(map(len, result.stdout.splitlines())) <= 100
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import snmf_kernels
-from snmf_interp import Intervention, LanguageModel, hooks, steer
+from snmf_interp import Intervention, LanguageModel, hooks, solve_strength, steer
 
 from .conftest import FAMILIES, make_network, make_tokenizer
 
@@ -310,6 +310,9 @@ def test_compiled(way: str) -> None:
         expected = logits(uncompiled)
     with steer(model, {1: vector()}, strength=3.0):
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+        captured = activations(model, 1)
+    torch.testing.assert_close(activations(model, 1) + 3 * vector() / vector().norm(), captured)
+    assert solve_strength(model, 1, vector(), 0.1, ["the cat"]).reached
     with torch.compiler.set_stance("fail_on_recompile"):
         assert torch.equal(logits(model), plain)
     assert (plain - expected).abs().max() > 1e-2
