@@ -1,6 +1,6 @@
 """Loading causal language models, and knowing where their MLPs keep their hidden activations.
 
-Whatever the architecture, the site this package reads (and later steers) is the *input of the MLP's down
+Whatever the architecture, the site this package reads and steers is the *input of the MLP's down
 projection*: the vector over neurons after the non-linearity and, in gated MLPs, after the gate.
 :class:`LanguageModel` finds that projection, its weight, the final norm and the unembedding, and settles
 which token a text must start with.
