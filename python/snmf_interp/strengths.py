@@ -97,10 +97,8 @@ def solve_strengths(
     ``prompts``. Each sign is searched apart: along a ladder of doubling strengths until the largest target is
     passed or ``max_strength`` is, then between the first rung that passes a target and the one before, by
     false position on the root of the divergence (which is linear in α near zero), joined by bisection when two
-    steps of it were not enough.
-    Divergence need not grow with α; what is found is the first crossing that the ladder shows.
-
-    Many strengths share a forward pass, one to a row.
+    steps of it were not enough. Divergence need not grow with α; what is found is the first crossing that the
+    ladder shows. Many strengths share a forward pass, one to a row.
 
     Args:
         model: the model; an enclosing :func:`steer` counts as part of it.
@@ -139,7 +137,6 @@ def solve_strengths(
     limit = _LAST * meter.typical_norm if max_strength is None else max_strength
     first = min(_FIRST * meter.typical_norm, limit)
     searches = {sign: _Search(targets, first, limit, tolerance) for sign in signs}
-
     while wanted := [(sign, alpha) for sign, search in searches.items() for alpha in search.proposals()]:
         measured = meter.divergences(direction, neurons, [sign * alpha for sign, alpha in wanted])
         for (sign, alpha), value in zip(wanted, measured, strict=True):
@@ -176,7 +173,7 @@ class _Meter:
             )
         if any(reference.isnan().any() for reference in self.references):
             raise ValueError(f"model: the predictions of {model.name!r} are not finite without any steering")
-        #: Median norm of the layer's activations over the counted positions.
+        # Over the counted positions; a layer that is silent there has no scale of its own.
         self.typical_norm = float(torch.cat(norms).median()) or 1.0
 
     def divergences(self, direction: Any, neurons: Any, strengths: Sequence[float]) -> list[float]:
