@@ -1,5 +1,5 @@
-// What a launch of support_solve reckons with, from what the host knows: the sizes of the systems are the device's secret,
-// but none is larger than k, and together they have so many members.
+// What a launch of support_solve reckons with, from what the host knows: the sizes of the systems are the device's
+// secret, but none is larger than k, and together they have so many members.
 #pragma once
 
 #include <cstdint>

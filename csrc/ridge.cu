@@ -5,9 +5,9 @@
 // factor of a system that fits shared memory costs less than passing it on.
 //
 // Ragged: only the device knows the sizes. A warp for each neuron solves its system if it is small and lists it
-// otherwise; then, for each class of larger sizes, as many blocks as are resident at once take turns at its list. Blocks
-// for all neurons, of which those of another class return, would occupy a multiprocessor each, shared memory and
-// all, in order to do nothing. Systems beyond shared memory have their factor in a bounded number of global slots.
+// otherwise; then, for each class of larger sizes, as many blocks as are resident at once take turns at its list.
+// Blocks for all neurons, of which those of another class return, would occupy a multiprocessor each, shared memory
+// and all, in order to do nothing. Systems beyond shared memory have their factor in a bounded number of global slots.
 #include <cuda_runtime.h>
 
 #include "cuda.hpp"
@@ -95,7 +95,8 @@ int64_t attribute(cudaDeviceAttr name, int device) {
 }
 
 DeviceLimits limits_of(int device) {
-    return {attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+    return {attribute(cudaDevAttrMultiProcessorCount, device),
+            attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
             attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
 }
 
@@ -207,8 +208,8 @@ const char* support_solve(const T* G, const int64_t* offsets, const int64_t* mem
         const int32_t* list = lists + plan.classes.first[c];
         const int64_t size = plan.classes.limit[c];
         if (c + 1 < size_classes)
-            in_shared<<<blocks, threads_for(size), workspace_bytes(size, sizeof(T)), on>>>(batch, list, counts + c, ladder,
-                                                                                           nullptr, 0);
+            in_shared<<<blocks, threads_for(size), workspace_bytes(size, sizeof(T)), on>>>(batch, list, counts + c,
+                                                                                           ladder, nullptr, 0);
         else
             support_block_kernel<T, false><<<blocks, slot_threads, 0, on>>>(
                 batch, list, counts + c, ladder, slots, plan.slot_bytes / static_cast<int64_t>(sizeof(T)));

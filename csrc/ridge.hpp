@@ -34,7 +34,7 @@ namespace snmf {
 
 // Elements of memory that one system with `width` right-hand sides needs.
 SNMF_HOST_DEVICE inline int64_t ridge_workspace(int64_t k, int64_t width) {
-    return k * (k + 1) / 2 + 2 * k + width * k;
+    return k * (k + 1) / 2 + 3 * k + width * k;
 }
 
 // Element (i, j), j <= i, of a packed lower triangle.
@@ -71,49 +71,51 @@ struct SupportSystem {
 // Where the parts of a workspace lie.
 template <typename T>
 struct RidgeWorkspace {
-    T* L;        // packed lower triangle
-    T* column;   // the current column of the factor
-    T* inverse;  // 1 / L_pp
-    T* x;        // [width, k]; right-hand side c belongs to team c mod teams
+    T* L;          // packed lower triangle: L_ip is entry (i, p) of the factor times pivot p
+    T* column[2];  // the current column and the next one, side by side in memory
+    T* inverse;    // 1 / L_pp
+    T* x;          // [width, k]; right-hand side c belongs to team c mod teams
     SNMF_DEVICE RidgeWorkspace(T* start, int k)
-        : L(start), column(L + packed(k, 0)), inverse(column + k), x(inverse + k) {}
+        : L(start), column{L + packed(k, 0), L + packed(k, 0) + k}, inverse(column[1] + k), x(inverse + k) {}
 };
 
-// Right-looking Cholesky of G + ridge I; the right-hand sides ride along, which is the forward substitution. Returns 0,
-// or the 1-based pivot that was not positive, the same on all threads.
+// Right-looking U D Uᵀ of G + ridge I, whose pivots D are the squares of Cholesky's: without square roots, a column
+// is used as it stands, and there is one barrier for each. The right-hand sides ride along, which is the forward
+// substitution. Returns 0, or the 1-based pivot that was not positive, the same on all threads.
 template <typename T, typename Group, typename System>
 SNMF_DEVICE int factorize_group(Group& group, const System& system, T ridge, const RidgeWorkspace<T>& work) {
     const int k = system.k, width = system.width;
-    T *L = work.L, *column = work.column, *x = work.x;
+    T *L = work.L, *x = work.x, *column = work.column[0], *next = work.column[1];
     for (int i = group.team(); i < k; i += group.teams())
-        for (int j = group.lane(); j <= i; j += group.lanes())
-            L[packed(i, j)] = system.gram(i, j) + (i == j ? ridge : T(0));
+        for (int j = group.lane(); j <= i; j += group.lanes()) {
+            const T value = system.gram(i, j) + (i == j ? ridge : T(0));
+            L[packed(i, j)] = value;
+            if (j == 0) column[i] = value;
+        }
     for (int c = group.team(); c < width; c += group.teams())
         for (int i = group.lane(); i < k; i += group.lanes()) x[c * k + i] = system.right(i, c);
 
     for (int p = 0; p < k; ++p) {
-        group.sync();
-        const T pivot = L[packed(p, p)];
+        SNMF_SYNC(1, group);  // column p is there; what was read from the one before may be written over
+        const T pivot = column[p];
         if (!(pivot > T(0))) return p + 1;
-        const T scale = T(1) / std::sqrt(pivot);
-        const int rank = group.team() * group.lanes() + group.lane(), size = group.teams() * group.lanes();
-        if (rank == 0) work.inverse[p] = scale;
-        for (int i = p + 1 + rank; i < k; i += size) {
-            const T value = L[packed(i, p)] * scale;
-            column[i] = value;
-            L[packed(i, p)] = value;
-        }
-        for (int c = group.team() + group.teams() * group.lane(); c < width; c += group.teams() * group.lanes())
-            x[c * k + p] *= scale;
-        SNMF_SYNC(1, group);
+        const T inverse = T(1) / pivot;
+        if (group.team() == 0 && group.lane() == 0) work.inverse[p] = inverse;
         for (int i = p + 1 + group.team(); i < k; i += group.teams()) {
-            const T factor = column[i];
-            for (int j = p + 1 + group.lane(); j <= i; j += group.lanes()) L[packed(i, j)] -= factor * column[j];
+            const T factor = column[i] * inverse;
+            for (int j = p + 1 + group.lane(); j <= i; j += group.lanes()) {
+                const T value = L[packed(i, j)] - factor * column[j];
+                L[packed(i, j)] = value;
+                if (j == p + 1) next[i] = value;
+            }
         }
         for (int c = group.team(); c < width; c += group.teams()) {
-            const T value = x[c * k + p];
+            const T value = x[c * k + p] * inverse;
             for (int i = p + 1 + group.lane(); i < k; i += group.lanes()) x[c * k + i] -= column[i] * value;
         }
+        T* const done = column;
+        column = next;
+        next = done;
     }
     group.sync();
     return 0;
@@ -125,19 +127,18 @@ SNMF_DEVICE void substitute_group(Group& group, const System& system, const Ridg
     const int k = system.k;
     for (int c = group.team(); c < system.width; c += group.teams()) {
         T* x = work.x + c * k;
+        // x_i is to be divided by its pivot only once all that follows it has been subtracted.
         for (int i = k - 1; i >= 0; --i) {
             const T value = x[i] * work.inverse[i];
-            group.team_sync();  // all lanes have read x_i before one replaces it
-            if (group.lane() == 0) x[i] = value;
             for (int j = group.lane(); j < i; j += group.lanes()) x[j] -= work.L[packed(i, j)] * value;
             group.team_sync();
         }
-        for (int i = group.lane(); i < k; i += group.lanes()) system.put(i, c, x[i]);
+        for (int i = group.lane(); i < k; i += group.lanes()) system.put(i, c, x[i] * work.inverse[i]);
     }
 }
 
-// Solves one system with as large a ridge as it takes. Returns -e after e escalations, or the 1-based pivot that was not
-// positive at the last try, and then fills X with NaN; the same on all threads.
+// Solves one system with as large a ridge as it takes. Returns -e after e escalations, or the 1-based pivot that was
+// not positive at the last try, and then fills X with NaN; the same on all threads.
 template <typename T, typename Group, typename System>
 SNMF_DEVICE int ridge_solve_group(Group& group, const System& system, const Ladder<T>& ladder, T* workspace) {
     const RidgeWorkspace<T> work(workspace, system.k);

@@ -345,7 +345,8 @@ int32_t climb(const Doubles& G, int64_t k, const snmf::Ladder<T>& ladder, Double
         const int32_t failed = solve_plainly(G, k, ridge, b, m);
         if (!failed) return -step;
         if (step == ladder.escalations) return failed;
-        const double floor = std::max(static_cast<double>(ladder.floor) * largest, double(std::numeric_limits<T>::min()));
+        const double smallest = static_cast<double>(std::numeric_limits<T>::min());
+        const double floor = std::max(static_cast<double>(ladder.floor) * largest, smallest);
         ridge = std::max(10 * ridge, step ? 0 : floor);
     }
 }
@@ -1097,7 +1098,8 @@ class Suite {
         ridge_case(L + 1, large, 2, System::definite);
         begin("larger systems than there is memory");
         Buffer<int32_t> info("info", 1);
-        expect_status(kernels_.ridge_solve({nullptr, nullptr, nullptr, info.get(), 1, 1 << 20, 1, {T(1), 0, T(0)}, 2}), 1);
+        expect_status(
+            kernels_.ridge_solve({nullptr, nullptr, nullptr, info.get(), 1, 1 << 20, 1, {T(1), 0, T(0)}, 2}), 1);
     }
 
     // With ridges enough, too few and none to follow. The floor lies above the precision of both types.

@@ -101,7 +101,8 @@ bool check(int k, int64_t m, int teams, int lanes, double tolerance, double* wor
     std::vector<T> G(k * k), B(k * m);
     for (T& value : B) value = static_cast<T>(normal(random));
     for (int i = 0; i < k; ++i)
-        for (int j = 0; j < k; ++j) G[i * k + j] = j <= i ? static_cast<T>(exact[i * k + j]) : T(NAN);  // not to be read
+        for (int j = 0; j < k; ++j)
+            G[i * k + j] = j <= i ? static_cast<T>(exact[i * k + j]) : T(NAN);  // which must not be read
     const int bad = k / 2;
     // The entry, how many larger ridges may follow, what the group must find, and the ridge that it takes then.
     const struct { double entry; int escalations, info; double ridge; } cases[] = {
@@ -116,7 +117,8 @@ bool check(int k, int64_t m, int teams, int lanes, double tolerance, double* wor
         const snmf::Ladder<T> ladder{T(0.5), c.escalations, T(0)};
         run_groups(1, teams, lanes, [&](ThreadGroup& group, int) {
             const snmf::DenseSystem<T> system{G.data(), B.data(), X.data(), k, static_cast<int>(m), m};
-            info[group.team() * lanes + group.lane()] = snmf::ridge_solve_group(group, system, ladder, workspace.data());
+            info[group.team() * lanes + group.lane()] =
+                snmf::ridge_solve_group(group, system, ladder, workspace.data());
         });
         for (int found : info)
             if (found != c.info) return complain("info", k, found, c.info);
@@ -127,7 +129,7 @@ bool check(int k, int64_t m, int teams, int lanes, double tolerance, double* wor
                         worst))
                 return false;
             for (int i = 0; i < k && c.info > 0; ++i)
-                if (X[i * m + column] == X[i * m + column]) return complain("failed, and yet", k, X[i * m + column], NAN);
+                if (!std::isnan(X[i * m + column])) return complain("failed, and yet", k, X[i * m + column], NAN);
         }
     }
     return true;
@@ -190,11 +192,12 @@ bool check_supports(double tolerance, double* worst) {
         listed -= size > classes.limit[0];
         if (info[r] != wanted[r]) return complain("info of a support", size, info[r], wanted[r]);
         for (int i = 0; i < size && wanted[r] > 0; ++i)
-            if (X[first + i] == X[first + i]) return complain("failed, and yet", size, X[first + i], NAN);
+            if (!std::isnan(X[first + i])) return complain("failed, and yet", size, X[first + i], NAN);
         if (wanted[r] <= 0 &&
-            !solves(size, [&](int i, int j) { return static_cast<double>(G[members[first + i] * k + members[first + j]]); },
-                    wanted[r] ? 5.0 : 0.5, [&](int i) { return X[first + i]; }, [&](int i) { return B[first + i]; },
-                    tolerance, worst))
+            !solves(
+                size, [&](int i, int j) { return static_cast<double>(G[members[first + i] * k + members[first + j]]); },
+                wanted[r] ? 5.0 : 0.5, [&](int i) { return X[first + i]; }, [&](int i) { return B[first + i]; },
+                tolerance, worst))
             return false;
     }
     return listed == 0 || complain("listed beyond those that are large", d, listed, 0);
@@ -205,7 +208,8 @@ bool check_plan() {
     std::mt19937 random(1);
     for (int repeat = 0; repeat < 3000; ++repeat) {
         // What an A100 and an H100 have, and an older device.
-        const snmf::DeviceLimits devices[] = {{108, 163 << 10, 164 << 10}, {132, 227 << 10, 228 << 10}, {40, 64 << 10, 64 << 10}};
+        const snmf::DeviceLimits devices[] = {
+            {108, 163 << 10, 164 << 10}, {132, 227 << 10, 228 << 10}, {40, 64 << 10, 64 << 10}};
         const snmf::DeviceLimits& device = devices[random() % 3];
         const int element_size = repeat % 2 ? 4 : 8, k = static_cast<int>(random() % (repeat % 3 ? 1200 : 40));
         const int d = static_cast<int>(random() % 50), busiest = static_cast<int>(random() % (k + 1));
