@@ -109,6 +109,7 @@ def steer(
     interventions: Mapping[int | str, Spec | Sequence[Spec]],
     *,
     strength: float | Sequence[float] | Tensor | None = None,
+    kl: float | None = None,
 ) -> Iterator[None]:
     """Inside the block, the model runs with ``interventions``; afterwards it is as it was, to the bit.
 
@@ -117,6 +118,9 @@ def steer(
         interventions: for each layer (a number, or a hook name of either naming) what to do, in order. A bare
             tensor or array ``[d_mlp]`` stands for ``Intervention(it, "add", strength)``.
         strength: α of the bare vectors; of no effect on the others.
+        kl: instead of ``strength``, for one bare vector: as strong as moves the next-token distribution by this
+            divergence in nats (:func:`snmf_interp.solve_strength`, on its prompts). Negate the vector for the
+            other sign.
 
     Blocks may be nested: the inner one acts on what the outer one gives, and each removes its own. Padding is
     steered like everything else, which no other position can see. :func:`snmf_interp.hooks.capture` inside
@@ -130,9 +134,14 @@ def steer(
 
     Raises:
         ValueError: a layer, neuron or width does not belong to the model, or ``strength`` has no bare vector to
-            act on, or is missing. From the model's own call: rows that do not fit the batch.
+            act on, or is missing, or no strength reaches ``kl``. From the model's own call: rows that do not fit
+            the batch.
         TypeError: an intervention is neither an :class:`Intervention` nor a vector.
     """
+    if kl is not None:
+        if strength is not None:
+            raise ValueError("kl: wanted a strength or a divergence, got both")
+        strength = _strength_for(model, interventions, kl)
     changes = _changes(model, interventions, strength)
     handles = []
     try:
@@ -265,6 +274,33 @@ def _changes(
             "strength: there is no bare vector that it could act on; set each Intervention's own"
         )
     return changes
+
+
+def _strength_for(
+    model: LanguageModel, interventions: Mapping[int | str, Spec | Sequence[Spec]], kl: float
+) -> float:
+    """The strength at which the only vector of ``interventions`` has this divergence."""
+    from .strengths import solve_strength
+
+    vectors = [
+        (name, spec)
+        for name, given in interventions.items()
+        for spec in ([given] if isinstance(given, Spec) else given)
+        if isinstance(spec, Tensor | np.ndarray)
+    ]
+    if len(vectors) != 1:
+        raise ValueError(
+            f"kl: wanted one bare vector to solve for, got {len(vectors)}; solve each by solve_strength"
+        )
+    name, vector = vectors[0]
+    layers = model.parse_layers(name)
+    found = solve_strength(model, layers[0], vector, kl)
+    if not found.reached:
+        raise ValueError(
+            f"kl: no strength of this vector reaches {kl} nats at layer {layers[0]}: at most {found.kl:.3g}, at "
+            f"strength {found.strength:.4g}; take a smaller kl, or give a strength"
+        )
+    return found.strength
 
 
 def _indices(neurons: Any) -> Tensor:

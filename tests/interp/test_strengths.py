@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from snmf_interp import LanguageModel, Strength, hooks, solve_strength, solve_strengths, steer, strengths
+from snmf_interp import (
+    Intervention,
+    LanguageModel,
+    Strength,
+    hooks,
+    solve_strength,
+    solve_strengths,
+    steer,
+    strengths,
+)
 
 Maker = Callable[..., LanguageModel]
 PROMPTS = ["the cat", "on Monday the dog", "a red rug and", "rain"]
@@ -232,3 +241,29 @@ def test_a_broken_model_is_an_error(make_model: Maker) -> None:
     model.model.lm_head.weight[0, 0] = math.nan
     with pytest.raises(ValueError, match="not finite without any steering"):
         solve_strength(model, 1, vector(), 0.1, PROMPTS)
+
+
+def test_steer_takes_a_divergence(make_model: Maker) -> None:
+    model = make_model()
+    found = solve_strength(model, 1, vector(), 0.1)
+    assert found.reached
+    ids = torch.tensor([model.encode(PROMPTS[0])])
+    for name in (1, model.hook_name(1)):
+        with steer(model, {name: vector()}, kl=0.1):
+            got = hooks.forward(model, ids, torch.ones_like(ids)).logits
+        with steer(model, {1: vector()}, strength=found.strength):
+            wanted = hooks.forward(model, ids, torch.ones_like(ids)).logits
+        assert torch.equal(got, wanted)
+
+
+def test_steer_says_when_a_divergence_is_out_of_reach(make_model: Maker) -> None:
+    model = make_model("gemma3")
+    refused = [
+        ({1: vector()}, {"kl": 50.0}, r"no strength of this vector reaches 50.0 nats at layer 1: at most \d"),
+        ({1: vector()}, {"kl": 0.1, "strength": 1.0}, "wanted a strength or a divergence, got both"),
+        ({0: vector(), 1: vector()}, {"kl": 0.1}, "wanted one bare vector to solve for, got 2"),
+        ({1: Intervention(vector(), "ablate")}, {"kl": 0.1}, "got 0"),
+    ]
+    for interventions, options, message in refused:
+        with pytest.raises(ValueError, match=message), steer(model, interventions, **options):
+            pass
