@@ -267,18 +267,23 @@ class LanguageModel:
         return piece if "\ufffd" in text else text
 
     def fingerprint(self) -> str:
-        """A short hash of names, shapes and 64 spread values of every parameter: two fine-tunes differ in it.
+        """A short hash of the parameters: see :func:`fingerprint`."""
+        return fingerprint(self.model)
 
-        The values are read as float32, so that a checkpoint keeps its fingerprint on another device.
-        """
-        digest = hashlib.sha256(type(self.model).__name__.encode())
-        for name, parameter in self.model.named_parameters():
-            flat = parameter.detach().reshape(-1)
-            count = min(64, flat.numel())
-            where = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
-            values = flat[where].float().cpu().numpy()
-            digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode() + values.tobytes())
-        return digest.hexdigest()[:16]
+
+def fingerprint(network: nn.Module) -> str:
+    """A short hash of names, shapes and 64 spread values of every parameter: two fine-tunes differ in it.
+
+    The values are read as float32, so that a checkpoint keeps its fingerprint on another device.
+    """
+    digest = hashlib.sha256(type(network).__name__.encode())
+    for name, parameter in network.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        count = min(64, flat.numel())
+        where = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
+        values = flat[where].float().cpu().numpy()
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode() + values.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_model(
@@ -308,6 +313,25 @@ def load_model(
             install it).
         ValueError: the file, folder or repository cannot be read as a causal LM, or its architecture is not
             known.
+    """
+    network, tokenizer, source = load_network(
+        name_or_path, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+    )
+    return LanguageModel(network, tokenizer, name=str(name_or_path), source=source, start_token=start_token)
+
+
+def load_network(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any, dict[str, Any]]:
+    """The Hugging Face model and tokenizer of :func:`load_model`, and where they came from.
+
+    For models that are asked rather than read: their MLPs may be of any kind. Arguments and errors are those
+    of :func:`load_model`.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype: wanted torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
@@ -350,7 +374,7 @@ def load_model(
     if not local:
         source["revision"] = getattr(model.config, "_commit_hash", None) or revision
     model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    return LanguageModel(model, tokenizer, name=name, source=source, start_token=start_token)
+    return model, tokenizer, source
 
 
 def _resolve(module: nn.Module, path: str) -> nn.Module:

@@ -1,0 +1,541 @@
+"""Asking a chat model many questions: any OpenAI-compatible endpoint, or a Hugging Face model in this process.
+
+    model = OpenAIModel("gpt-4o-mini", cache="run/llm")  # OPENAI_BASE_URL, OPENAI_API_KEY from the environment
+    answers = model.ask([Request.of("Name three colours.")])  # in the order of the requests
+    answers[0].text or answers[0].reason
+
+An answer that did not come is missing: its text is None and its reason says why. It is never an empty string
+or a number that might be averaged. Answers are kept on disk as they came, one file each, so that a run that
+was killed asks nothing twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from tqdm import tqdm
+
+from . import files
+
+if TYPE_CHECKING:
+    import openai
+    import torch
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+# How many characters of an answer or of an endpoint's message a reason quotes.
+_QUOTED = 200
+
+
+@dataclass(frozen=True)
+class Request:
+    """One conversation to be continued.
+
+    Attributes:
+        messages: ``(role, content)`` pairs, the last of them the user's. Questions are put without a system
+            message, which some chat templates refuse.
+        max_tokens: the most tokens that the answer may have.
+    """
+
+    messages: tuple[tuple[str, str], ...]
+    max_tokens: int = 300
+
+    @classmethod
+    def of(cls, question: str, *, max_tokens: int = 300) -> Request:
+        """A conversation that begins with ``question``."""
+        return cls((("user", question),), max_tokens)
+
+    def then(self, answer: str, question: str) -> Request:
+        """The conversation after ``answer``, with another question."""
+        return Request((*self.messages, ("assistant", answer), ("user", question)), self.max_tokens)
+
+    @property
+    def chat(self) -> list[dict[str, str]]:
+        """The messages as endpoints and chat templates take them."""
+        return [{"role": role, "content": content} for role, content in self.messages]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back: ``text``, or None and the ``reason``. ``cached`` answers cost nothing now."""
+
+    text: str | None
+    reason: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.reason is None):
+            raise ValueError("an answer has either a text or the reason why there is none")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What was asked: distinct requests sent, taken from the cache, and failed; tokens as the model counts them."""
+
+    sent: int = 0
+    cached: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def plus(self, answer: Answer) -> Usage:
+        """With one more answer; one from the cache costs no tokens."""
+        if answer.cached:
+            return Usage(self.sent, self.cached + 1, self.failed, self.prompt_tokens, self.completion_tokens)
+        return Usage(
+            self.sent + 1,
+            self.cached,
+            self.failed + (answer.text is None),
+            self.prompt_tokens + answer.prompt_tokens,
+            self.completion_tokens + answer.completion_tokens,
+        )
+
+    def cost(self, per_million_prompt: float, per_million_completion: float) -> float:
+        """The price, in the currency in which a million tokens of each kind cost this much."""
+        return (
+            self.prompt_tokens * per_million_prompt + self.completion_tokens * per_million_completion
+        ) / 1e6
+
+
+class ChatModel(Protocol):
+    """What labels, sentences and judgements need of a model."""
+
+    @property
+    def name(self) -> str:
+        """For the record."""
+
+    def ask(self, requests: Sequence[Request]) -> list[Answer]:
+        """One answer for each request, in their order; a failed one is missing, with its reason."""
+
+
+class _CachedModel(ABC):
+    """What both kinds of model share: equal requests asked once, answers kept on disk, a bar, and the counts.
+
+    The cache is keyed by model, messages and parameters, not by the address of the endpoint, which changes
+    when a server is started again on another port.
+    """
+
+    def __init__(self, name: str, *, cache: str | Path | None, progress: bool | None) -> None:
+        self.name = name
+        self.usage = Usage()
+        self._cache = None if cache is None else Path(cache)
+        self._progress = sys.stderr.isatty() if progress is None else progress
+
+    def ask(self, requests: Sequence[Request]) -> list[Answer]:
+        """One answer for each request, in their order; a failed one is missing, with its reason.
+
+        Raises:
+            ValueError: the endpoint refuses every request (wrong key, no such model).
+            ConnectionError: nothing answers at the endpoint.
+        """
+        wanted = {self._key(request): request for request in requests}
+        answers: dict[str, Answer] = {}
+        with tqdm(total=len(wanted), unit="answer", desc=f"asking {self.name}",
+                  disable=not self._progress, leave=False) as bar:  # fmt: skip
+
+            def take(key: str, answer: Answer, raw: Mapping[str, Any] | None = None) -> None:
+                if self._cache is not None and raw is not None and answer.text is not None:
+                    record = {"request": self._sent(wanted[key]), "response": raw}
+                    files.write_json(self._path(key), record)
+                answers[key] = answer
+                self.usage = self.usage.plus(answer)
+                bar.update()
+
+            for key in wanted:
+                if (kept := self._kept(key)) is not None:
+                    take(key, kept)
+            bar.unpause()
+            missing = {key: request for key, request in wanted.items() if key not in answers}
+            if missing:
+                self._answer(missing, take)
+        return [answers[self._key(request)] for request in requests]
+
+    @abstractmethod
+    def _answer(self, requests: Mapping[str, Request], take: Callable[..., None]) -> None:
+        """Call ``take(key, answer, raw)`` for each request as its answer comes."""
+
+    @abstractmethod
+    def _sent(self, request: Request) -> dict[str, Any]:
+        """Everything that shapes the answer, as JSON."""
+
+    @abstractmethod
+    def _read(self, raw: Any) -> Answer:
+        """The answer in a raw response."""
+
+    def _key(self, request: Request) -> str:
+        return hashlib.sha256(json.dumps(self._sent(request), sort_keys=True).encode()).hexdigest()
+
+    def _path(self, key: str) -> Path:
+        assert self._cache is not None
+        return self._cache / key[:2] / f"{key}.json"
+
+    def _kept(self, key: str) -> Answer | None:
+        if self._cache is None or not self._path(key).is_file():
+            return None
+        try:
+            answer = self._read(files.read_json(self._path(key))["response"])
+        except (ValueError, KeyError):
+            answer = Answer(None, "damaged")
+        if answer.text is None:
+            logger.warning("%s is damaged; it is asked again", self._path(key))
+            return None
+        return Answer(answer.text, None, answer.prompt_tokens, answer.completion_tokens, cached=True)
+
+
+class OpenAIModel(_CachedModel):
+    """A model behind an OpenAI-compatible ``/chat/completions`` endpoint, through the ``openai`` package.
+
+    Time-outs, lost connections, 408, 409, 429 and 5xx are tried again by that package: after 0.5 s, doubling
+    to 8 s, with jitter, or after what ``Retry-After`` says if that is at most two minutes.
+
+    Args:
+        model: its name at the endpoint; by default ``SNMF_LLM_MODEL``.
+        base_url: such as ``http://localhost:8000/v1``; by default ``OPENAI_BASE_URL``, else OpenAI's own.
+        api_key: by default ``OPENAI_API_KEY``; an endpoint of your own may need none.
+        cache: folder of the answers; None keeps none.
+        concurrency: the most requests under way at once.
+        max_retries: of one request.
+        timeout: seconds for one try.
+        parameters: fields of the request beside model and messages. They replace the defaults
+            ``{"temperature": 0, "max_tokens": …}`` (``max_completion_tokens`` at OpenAI's own endpoint); a
+            field that is None is left out, as for models that take no temperature.
+        progress: show a bar on stderr; by default when it is a terminal.
+
+    Raises:
+        ValueError: no model or no key is given, or a number is out of range.
+        ModuleNotFoundError: the ``openai`` package is not installed.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        cache: str | Path | None = None,
+        concurrency: int = 8,
+        max_retries: int = 6,
+        timeout: float = 120.0,
+        parameters: Mapping[str, Any] | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        name = model or os.environ.get("SNMF_LLM_MODEL")
+        if not name:
+            raise ValueError("model: wanted the model's name at the endpoint; give it, or set SNMF_LLM_MODEL")
+        for argument, value, least in (("concurrency", concurrency, 1), ("max_retries", max_retries, 0)):
+            if value < least:
+                raise ValueError(f"{argument}: wanted at least {least}, got {value}")
+        if not timeout > 0:
+            raise ValueError(f"timeout: wanted seconds above 0, got {timeout}")
+        super().__init__(name, cache=cache, progress=progress)
+        _import_openai()
+        self.base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
+        self.concurrency, self.max_retries, self.timeout = concurrency, max_retries, timeout
+        self.parameters = dict(parameters or {})
+        own = self.base_url is not None and "api.openai.com" not in self.base_url
+        key = api_key or os.environ.get("OPENAI_API_KEY") or ("none" if own else None)
+        if key is None:
+            raise ValueError("api_key: OPENAI_API_KEY is not set; set it, or name an endpoint by base_url")
+        self._api_key = key
+        # OpenAI's newer models refuse the old name, and many other servers do not know the new one.
+        self._length = "max_tokens" if own else "max_completion_tokens"
+
+    def _sent(self, request: Request) -> dict[str, Any]:
+        fields = {"temperature": 0, self._length: request.max_tokens, **self.parameters}
+        known = {name: value for name, value in fields.items() if value is not None}
+        return {"model": self.name, "messages": request.chat, **known}
+
+    def _read(self, raw: Any) -> Answer:
+        try:
+            choice, usage = raw["choices"][0], raw.get("usage") or {}
+            text = choice["message"]["content"]
+            counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+            return Answer(None, f"the endpoint's answer is no chat completion: {_quoted(raw)}")
+        if not isinstance(text, str) or not text.strip():
+            return Answer(None, f"the answer is empty (finish_reason {choice.get('finish_reason')})", *counts)
+        return Answer(text, None, *counts)
+
+    def _answer(self, requests: Mapping[str, Request], take: Callable[..., None]) -> None:
+        # In a thread of its own: works where a loop is running already, as in a notebook, and an interrupt
+        # cancels what is under way at once.
+        from anyio.from_thread import start_blocking_portal
+
+        with start_blocking_portal() as portal:
+            portal.call(self._answer_all, requests, take)
+
+    async def _answer_all(self, requests: Mapping[str, Request], take: Callable[..., None]) -> None:
+        openai = _import_openai()
+        waiting = iter(requests.items())
+        async with openai.AsyncOpenAI(
+            base_url=self.base_url, api_key=self._api_key, max_retries=self.max_retries, timeout=self.timeout
+        ) as client:
+            workers = [
+                asyncio.create_task(self._work(client, waiting, take, len(requests)))
+                for _ in range(min(self.concurrency, len(requests)))
+            ]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+
+    async def _work(
+        self,
+        client: openai.AsyncOpenAI,
+        waiting: Iterator[tuple[str, Request]],
+        take: Callable[..., None],
+        total: int,
+    ) -> None:
+        """Answer one waiting request after another."""
+        openai = _import_openai()
+        for key, request in waiting:
+            fields = self._sent(request)
+            try:
+                response: Any = await client.chat.completions.create(**fields)
+            except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+                raise ValueError(
+                    f"{client.base_url} refuses {self.name!r}: {_quoted(error)}; check model, base URL and key"
+                ) from error
+            except openai.APIConnectionError as error:
+                reason = "time-out" if isinstance(error, openai.APITimeoutError) else "no connection"
+                cause = f" ({_quoted(error.__cause__)})" if error.__cause__ else ""
+                # By name: the class has moved from httpx to httpx2. Nothing listens, and nothing has: rather
+                # say so than collect as many failures as there are requests.
+                refused = type(error.__cause__).__name__ == "ConnectError"
+                if refused and self.usage.sent == self.usage.failed:
+                    raise ConnectionError(
+                        f"{client.base_url}: {reason}{cause} after {self.max_retries + 1} tries; "
+                        "is the server running, and the base URL right?"
+                    ) from error
+                take(key, Answer(None, f"{reason}{cause}"))
+            except openai.OpenAIError as error:
+                take(key, Answer(None, f"{type(error).__name__}: {_quoted(error)}"))
+            except json.JSONDecodeError as error:
+                take(key, Answer(None, f"the endpoint's answer is not JSON: {error}"))
+            else:
+                raw = response.model_dump(mode="json") if hasattr(response, "model_dump") else response
+                take(key, self._read(raw), raw)
+
+
+class LocalModel(_CachedModel):
+    """A Hugging Face chat model in this process, decoded greedily.
+
+    Args:
+        network: a causal LM of transformers. It is put into eval mode.
+        tokenizer: its tokenizer; its chat template is used where it has one, else the bare question.
+        name: for the record.
+        cache: folder of the answers; None keeps none.
+        batch_size: requests decoded together.
+        progress: show a bar on stderr; by default when it is a terminal.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        tokenizer: Any,
+        *,
+        name: str = "local",
+        cache: str | Path | None = None,
+        batch_size: int = 8,
+        progress: bool | None = None,
+    ) -> None:
+        from .models import fingerprint
+
+        if batch_size < 1:
+            raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
+        super().__init__(name, cache=cache, progress=progress)
+        self.network, self.tokenizer, self.batch_size = network.eval(), tokenizer, batch_size
+        self._weights = fingerprint(network)
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str,
+        *,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        cache: str | Path | None = None,
+        batch_size: int = 8,
+        progress: bool | None = None,
+    ) -> LocalModel:
+        """Load one by what :func:`snmf_interp.load_model` takes: a bundled name, file, folder or Hub id."""
+        import torch
+
+        from .models import load_network
+
+        network, tokenizer, _ = load_network(name_or_path, device=device, dtype=dtype or torch.float32)
+        return cls(
+            network, tokenizer, name=name_or_path, cache=cache, batch_size=batch_size, progress=progress
+        )
+
+    def _sent(self, request: Request) -> dict[str, Any]:
+        return {
+            "model": self.name,
+            "weights": self._weights,
+            "messages": request.chat,
+            "max_tokens": request.max_tokens,
+        }
+
+    def _read(self, raw: Any) -> Answer:
+        text = str(raw["text"])
+        counts = int(raw["prompt_tokens"]), int(raw["completion_tokens"])
+        return Answer(text, None, *counts) if text.strip() else Answer(None, "the answer is empty", *counts)
+
+    def _answer(self, requests: Mapping[str, Request], take: Callable[..., None]) -> None:
+        positions = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
+        prompts: dict[str, list[int]] = {}
+        for key, request in requests.items():
+            ids = self._encode(request)
+            if positions and len(ids) + request.max_tokens > positions:
+                reason = f"{len(ids)} tokens and {request.max_tokens} to answer: the model takes {positions}"
+                take(key, Answer(None, reason))
+            else:
+                prompts[key] = ids
+        # Prompts of like length share a batch, the longest first: memory runs out early if at all.
+        order = sorted(prompts, key=lambda key: (-len(prompts[key]), key))
+        for first in range(0, len(order), self.batch_size):
+            keys = order[first : first + self.batch_size]
+            length = max(requests[key].max_tokens for key in keys)
+            for key, new in zip(keys, self._generate([prompts[key] for key in keys], length), strict=True):
+                ids = new[: requests[key].max_tokens]
+                text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                raw = {"text": text, "prompt_tokens": len(prompts[key]), "completion_tokens": len(ids)}
+                take(key, self._read(raw), raw)
+
+    def _encode(self, request: Request) -> list[int]:
+        ids: Any
+        if getattr(self.tokenizer, "chat_template", None):
+            ids = self.tokenizer.apply_chat_template(
+                request.chat, add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+        else:
+            ids = self.tokenizer("\n\n".join(content for _, content in request.messages) + "\n\n")[
+                "input_ids"
+            ]
+        return list(ids)
+
+    def _generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+        """The new ids of each prompt, up to its end."""
+        import torch
+
+        from . import hooks
+
+        pad = self.tokenizer.pad_token_id
+        ends = self.network.generation_config.eos_token_id
+        stops = {ends} if isinstance(ends, int) else set(ends or ())
+        if self.tokenizer.eos_token_id is not None:
+            stops.add(int(self.tokenizer.eos_token_id))
+        ids, mask = hooks.pad(prompts, side="left", pad_id=0 if pad is None else int(pad))
+        device = next(self.network.parameters()).device
+        with torch.inference_mode():
+            made = self.network.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                # Of a sampling default that the checkpoint may bring.
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=0 if pad is None else int(pad),
+                eos_token_id=sorted(stops) or None,
+            )
+        return [
+            row[: next((i for i, token in enumerate(row) if token in stops), len(row))]
+            for row in made[:, ids.shape[1] :].tolist()
+        ]
+
+
+@dataclass(frozen=True)
+class Parsed(Generic[T]):
+    """A validated answer: ``value``, or None and the ``reason``; ``raw`` is what the model wrote, if it did."""
+
+    value: T | None
+    reason: str | None
+    raw: str | None
+
+
+def ask_json(
+    model: ChatModel, requests: Sequence[Request], parse: Callable[[dict[str, Any]], T], *, repairs: int = 1
+) -> list[Parsed[T]]:
+    """Ask for JSON objects and validate them.
+
+    Args:
+        model: whom to ask.
+        requests: the questions; they must say what the object looks like.
+        parse: makes the value of an object, or raises ValueError, whose message the model is told.
+        repairs: how often a model is told that its answer could not be used, and asked again.
+
+    Returns:
+        For each request its value; None with a reason where no answer came or none was valid.
+    """
+    results: list[Parsed[T]] = [Parsed(None, "not asked", None)] * len(requests)
+    asked = dict(enumerate(requests))
+    for attempt in range(repairs + 1):
+        again = {}
+        for place, answer in zip(asked, model.ask(list(asked.values())), strict=True):
+            if answer.text is None:
+                results[place] = Parsed(None, answer.reason, results[place].raw)
+                continue
+            try:
+                results[place] = Parsed(parse(find_object(answer.text)), None, answer.text)
+            except ValueError as error:
+                results[place] = Parsed(None, f"unusable answer: {error}", answer.text)
+                again[place] = asked[place].then(
+                    answer.text, f"That cannot be used: {error}. Answer with the JSON object alone."
+                )
+        asked = again
+        if not asked or attempt == repairs:
+            break
+    return results
+
+
+def find_object(text: str) -> dict[str, Any]:
+    """The last JSON object in ``text``, outside of ``<think>`` blocks; models put words and fences around it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
+    decoder, found, place = json.JSONDecoder(), None, text.find("{")
+    while place >= 0:
+        try:
+            found, end = decoder.raw_decode(text, place)
+        except (json.JSONDecodeError, RecursionError):
+            end = place + 1
+        place = text.find("{", end)
+    if found is None:
+        raise ValueError(f"wanted a JSON object, got {_quoted(text)}")
+    result: dict[str, Any] = found
+    return result
+
+
+def _import_openai() -> Any:
+    try:
+        import openai
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "asking an endpoint needs the openai package: pip install 'snmf-kernels[llm]'"
+        ) from error
+    return openai
+
+
+def _quoted(value: object) -> str:
+    text = " ".join(str(value).split()) or type(value).__name__
+    return text if len(text) <= _QUOTED else text[:_QUOTED] + "…"

@@ -1,0 +1,356 @@
+"""The real openai client against a server on 127.0.0.1, and a tiny random model in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("openai")
+
+from snmf_interp.llm import (  # noqa: E402  # after the check
+    Answer,
+    LocalModel,
+    OpenAIModel,
+    Request,
+    Usage,
+    ask_json,
+    find_object,
+)
+
+from .conftest import make_network, make_tokenizer  # noqa: E402
+from .endpoint import Endpoint, Reply, completion, serve  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "SNMF_LLM_MODEL"):
+        monkeypatch.delenv(name, raising=False)
+    # Loopback must not go through a proxy that the machine may have.
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def echo(body: dict[str, Any], _earlier: int) -> Reply:
+    return completion(body["messages"][-1]["content"].upper())
+
+
+def model(endpoint: Endpoint, **options: Any) -> OpenAIModel:
+    return OpenAIModel("fake", **{"base_url": endpoint.url, "progress": False, "max_retries": 2, **options})
+
+
+def questions(*texts: str) -> list[Request]:
+    return [Request.of(text, max_tokens=50) for text in texts]
+
+
+def test_answers_in_order_with_usage() -> None:
+    with serve(echo) as endpoint:
+        asker = model(endpoint, concurrency=3)
+        answers = asker.ask(questions("a", "b", "c", "b"))
+        assert [answer.text for answer in answers] == ["A", "B", "C", "B"]
+        assert sorted(endpoint.questions()) == ["a", "b", "c"]  # equal questions are asked once
+        assert endpoint.received[0] | {"messages": 0} == {
+            "model": "fake",
+            "messages": 0,
+            "temperature": 0,
+            "max_tokens": 50,
+        }
+        assert asker.usage == Usage(sent=3, prompt_tokens=21, completion_tokens=9)
+        assert asker.usage.cost(2.0, 10.0) == pytest.approx((21 * 2 + 9 * 10) / 1e6)
+        assert asker.ask([]) == []
+
+
+def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(echo) as endpoint:
+        monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "secret")
+        monkeypatch.setenv("SNMF_LLM_MODEL", "from-the-environment")
+        asker = OpenAIModel(parameters={"temperature": None, "top_p": 0.5})
+        assert asker.ask(questions("a"))[0].text == "A"
+        assert endpoint.keys == ["Bearer secret"]
+        assert endpoint.received[0]["model"] == "from-the-environment"
+        assert "temperature" not in endpoint.received[0]
+        assert endpoint.received[0]["top_p"] == 0.5
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="model: wanted the model's name at the endpoint; give it, or set SNMF"
+    ):
+        OpenAIModel()
+    with pytest.raises(ValueError, match="OPENAI_API_KEY is not set"):
+        OpenAIModel("gpt")
+    with pytest.raises(ValueError, match="concurrency: wanted at least 1, got 0"):
+        OpenAIModel("gpt", api_key="x", concurrency=0)
+    with pytest.raises(ValueError, match="timeout: wanted seconds above 0"):
+        OpenAIModel("gpt", api_key="x", timeout=0)
+    with pytest.raises(ValueError, match="either a text or the reason"):
+        Answer(None)
+
+
+def test_busy_and_broken_servers_are_asked_again() -> None:
+    """429 with Retry-After, 500, and a connection that closes half-way: each question has its answer in the end."""
+    waits = {"busy": (429, {"Retry-After": "1"}, {}), "broken": (500, {}, {}), "closed": (200, {}, None)}
+
+    def answer(body: dict[str, Any], earlier: int) -> Reply:
+        question = body["messages"][-1]["content"]
+        return waits[question] if earlier == 0 else echo(body, earlier)
+
+    with serve(answer) as endpoint:
+        asker = model(endpoint)
+        assert [a.text for a in asker.ask(questions("busy", "broken", "closed"))] == [
+            "BUSY",
+            "BROKEN",
+            "CLOSED",
+        ]
+        assert sorted(endpoint.questions()) == ["broken", "broken", "busy", "busy", "closed", "closed"]
+        busy = [t for t, q in zip(endpoint.times, endpoint.questions(), strict=True) if q == "busy"]
+        # Its own first wait is half a second at most: this one was the server's.
+        assert busy[1] - busy[0] >= 0.95
+        assert asker.usage == Usage(sent=3, prompt_tokens=21, completion_tokens=9)
+
+
+BAD: dict[str, tuple[Reply, str]] = {
+    "not JSON": ((200, {}, b'{"choices": [{'), "not JSON"),
+    "a web page": ((200, {"Content-Type": "text/html"}, b"<html>log in</html>"), "no chat completion: <html>"),
+    "no choices": (completion("x", choices=[]), "no chat completion"),
+    "null choices": (completion("x", choices=None), "no chat completion"),
+    "no message": (completion("x", choices=[{"index": 0}]), "no chat completion"),
+    "empty": (completion("  "), "empty"),
+    "no content": (completion(None), r"empty \(finish_reason stop\)"),
+    "too long": ((400, {}, {"error": {"message": "maximum context length"}}), "BadRequestError: .*maximum context"),
+    "always broken": ((503, {}, {"error": "down"}), "InternalServerError"),
+    "always closed": ((200, {}, None), "no connection"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_failed_answer_is_missing_with_its_reason(case: str, tmp_path: Path) -> None:
+    reply, reason = BAD[case]
+
+    def answer(body: dict[str, Any], earlier: int) -> Reply:
+        return reply if body["messages"][-1]["content"] == case else echo(body, earlier)
+
+    with serve(answer) as endpoint:
+        asker = model(endpoint, cache=tmp_path, max_retries=1)
+        good, bad = asker.ask(questions("good", case))
+        assert good.text == "GOOD"
+        assert bad.text is None
+        assert bad.reason is not None
+        assert re.search(reason, bad.reason)
+        assert (asker.usage.sent, asker.usage.failed) == (2, 1)
+        # A failure is not kept: the next run asks for it, and for it alone.
+        sent = len(endpoint.received)
+        asker.ask(questions("good", case))
+        assert set(endpoint.questions()[sent:]) == {case}
+
+
+def test_time_out() -> None:
+    release = threading.Event()
+
+    def answer(body: dict[str, Any], earlier: int) -> Reply:
+        if body["messages"][-1]["content"] == "slow":
+            release.wait(20)
+        return echo(body, earlier)
+
+    with serve(answer) as endpoint:
+        slow, fast = model(endpoint, timeout=0.3, max_retries=1).ask(questions("slow", "fast"))
+        release.set()
+        assert slow.text is None
+        assert slow.reason is not None
+        assert slow.reason.startswith("time-out")
+        assert fast.text == "FAST"
+        assert endpoint.questions().count("slow") == 2
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_no_request_can_mend_ends_the_run(status: int) -> None:
+    with serve(lambda body, earlier: (status, {}, {"error": {"message": "no such thing"}})) as endpoint:
+        with pytest.raises(ValueError, match=r"refuses 'fake'.*no such thing.*check model, base URL and key"):
+            model(endpoint, concurrency=2).ask(questions(*"abcdefgh"))
+        assert len(endpoint.received) <= 2
+
+
+def test_nothing_listens() -> None:
+    with serve(echo) as endpoint:
+        asker = model(endpoint, max_retries=0)
+    with pytest.raises(ConnectionError, match="no connection.*is the server running"):
+        asker.ask(questions("a", "b"))
+
+
+def test_concurrency_is_bounded() -> None:
+    full = threading.Barrier(3)
+
+    def answer(body: dict[str, Any], earlier: int) -> Reply:
+        # Three at a time or never: a client that sends them one by one breaks the barrier.
+        full.wait(10)
+        time.sleep(0.05)
+        return echo(body, earlier)
+
+    with serve(answer) as endpoint:
+        answers = model(endpoint, concurrency=3).ask(questions(*"abcdefghi"))
+        assert [answer.text for answer in answers] == list("ABCDEFGHI")
+        assert endpoint.most == 3
+
+
+def test_cache_and_resume(tmp_path: Path) -> None:
+    """A run that dies half-way keeps what was answered; the next one asks for the rest alone."""
+    dead = False
+
+    def answer(body: dict[str, Any], earlier: int) -> Reply:
+        if dead and body["messages"][-1]["content"] > "c":
+            return 401, {}, {"error": {"message": "expired"}}
+        return echo(body, earlier)
+
+    with serve(answer) as endpoint:
+        dead = True
+        with pytest.raises(ValueError, match="expired"):
+            model(endpoint, cache=tmp_path, concurrency=1).ask(questions(*"abcdef"))
+        dead = False
+        first = endpoint.questions()
+        assert first == ["a", "b", "c", "d"]
+        asker = model(endpoint, cache=tmp_path)
+        assert [a.text for a in asker.ask(questions(*"abcdef"))] == list("ABCDEF")
+        assert sorted(endpoint.questions()[4:]) == ["d", "e", "f"]
+        assert asker.usage == Usage(sent=3, cached=3, prompt_tokens=21, completion_tokens=9)
+        again = model(endpoint, cache=tmp_path).ask(questions(*"abcdef"))
+        assert len(endpoint.received) == 7
+        assert all(answer.cached for answer in again)
+        # Another model, another parameter, another length is another request.
+        for changed in (
+            model(endpoint, cache=tmp_path, parameters={"temperature": 1}),
+            OpenAIModel("other", base_url=endpoint.url, cache=tmp_path),
+        ):
+            changed.ask(questions("a"))
+        model(endpoint, cache=tmp_path).ask([Request.of("a", max_tokens=51)])
+        assert len(endpoint.received) == 10
+    record = json.loads(next(p for p in tmp_path.rglob("*.json") if '"A"' in p.read_text()).read_text())
+    assert record["request"]["messages"] == [{"role": "user", "content": "a"}]
+    assert record["response"]["choices"][0]["message"]["content"] == "A"
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_damaged_cache_is_asked_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with serve(echo) as endpoint:
+        for content in ("{", "{}", '{"response": {"choices": []}}', '{"response": null}'):
+            model(endpoint, cache=tmp_path).ask(questions("a"))
+            (path,) = tmp_path.rglob("*.json")
+            path.write_text(content)
+            sent = len(endpoint.received)
+            assert model(endpoint, cache=tmp_path).ask(questions("a"))[0].text == "A"
+            assert len(endpoint.received) == sent + 1
+            assert "damaged" in caplog.text
+            caplog.clear()
+
+
+def test_interrupt_cancels_what_is_under_way(tmp_path: Path) -> None:
+    """Ctrl-C does not wait for the server; what was answered before stays."""
+    release = threading.Event()
+
+    def answer(body: dict[str, Any], earlier: int) -> Reply:
+        if body["messages"][-1]["content"] == "slow" and not release.is_set():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            release.wait(20)
+        return echo(body, earlier)
+
+    def interrupt(*_args: Any) -> None:
+        raise KeyboardInterrupt
+
+    # Another signal than Ctrl-C's, which a shell may have set to be ignored.
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with serve(answer) as endpoint:
+            asker = model(endpoint, cache=tmp_path, concurrency=1)
+            started = time.monotonic()
+            with pytest.raises(KeyboardInterrupt):
+                asker.ask(questions("fast", "slow"))
+            assert time.monotonic() - started < 10
+            release.set()
+            assert [a.text for a in asker.ask(questions("fast", "slow"))] == ["FAST", "SLOW"]
+            assert endpoint.questions() == ["fast", "slow", "slow"]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+class TestJSON:
+    def test_found_among_words(self) -> None:
+        assert find_object('Sure!\n```json\n{"a": {"b": 1}}\n```') == {"a": {"b": 1}}
+        assert find_object('<think>{"a": 0}</think> like {"a": …}: {"a": 2}. Done }') == {"a": 2}
+        for text in ("", "none", "{", '{"a": }', "[1]", "{" * 5000):
+            with pytest.raises(ValueError, match="wanted a JSON object"):
+                find_object(text)
+
+    def test_a_model_may_mend_its_answer_once(self) -> None:
+        replies = {"good": ["{}"], "mends": ["what?", '{"a": 1}'], "never": ["no", "no", "no"]}
+
+        class Fake:
+            name = "fake"
+            rounds: list[list[Request]] = []  # noqa: RUF012 - one test, one list
+
+            def ask(self, requests: list[Request]) -> list[Answer]:
+                self.rounds.append(list(requests))
+                return [
+                    Answer(None, "time-out")
+                    if r.messages[0][1] == "fails"
+                    else Answer(replies[r.messages[0][1]][len(r.messages) // 2])
+                    for r in requests
+                ]
+
+        fake = Fake()
+        good, mended, never, failed = ask_json(fake, questions("good", "mends", "never", "fails"), dict)
+        assert (good.value, good.reason, good.raw) == ({}, None, "{}")
+        assert (mended.value, mended.reason, mended.raw) == ({"a": 1}, None, '{"a": 1}')
+        assert never.value is None
+        assert never.reason == "unusable answer: wanted a JSON object, got no"
+        assert never.raw == "no"
+        assert (failed.value, failed.reason, failed.raw) == (None, "time-out", None)
+        assert [len(requests) for requests in fake.rounds] == [4, 2]
+        assert "wanted a JSON object, got what?" in fake.rounds[1][0].messages[-1][1]
+
+
+class TestLocal:
+    @pytest.fixture
+    def network(self) -> Any:
+        return make_network("llama")
+
+    def test_garbage_is_no_json(self, network: Any, tmp_path: Path) -> None:
+        asker = LocalModel(network, make_tokenizer(), cache=tmp_path, progress=False)
+        requests = [Request.of(text, max_tokens=8) for text in ("the cat", "a dog sat on the mat", "Monday")]
+        parsed = ask_json(asker, requests, dict)
+        assert [p.value for p in parsed] == [None] * 3
+        assert all(p.reason for p in parsed)
+
+    def test_batches_agree_with_single_questions_and_are_kept(self, network: Any, tmp_path: Path) -> None:
+        texts = ("the cat", "a dog sat on the mat", "Monday", "one two three rain")
+        requests = [Request.of(text, max_tokens=5 + i) for i, text in enumerate(texts)]
+        together = LocalModel(network, make_tokenizer(), cache=tmp_path, progress=False)
+        answers = together.ask(requests)
+        alone = LocalModel(network, make_tokenizer(), batch_size=1, progress=False)
+        assert [a.text for a in answers] == [a.text for a in alone.ask(requests)]
+        assert together.usage.sent == 4
+        again = LocalModel(network, make_tokenizer(), cache=tmp_path, progress=False)
+        assert [a.text for a in again.ask(requests)] == [a.text for a in answers]
+        assert again.usage.sent == again.usage.failed
+        # Other weights are another model, whatever they are called.
+        other = LocalModel(make_network("mistral"), make_tokenizer(), cache=tmp_path, progress=False)
+        other.ask(requests)
+        assert other.usage.cached == 0
+
+    def test_what_does_not_fit_is_missing(self, network: Any) -> None:
+        asker = LocalModel(network, make_tokenizer(), progress=False)
+        long, short = asker.ask([Request.of("cat " * 60, max_tokens=8), Request.of("cat", max_tokens=8)])
+        assert long.text is None
+        assert long.reason == "61 tokens and 8 to answer: the model takes 64"
+        assert short.reason != long.reason
+
+    def test_chat_template(self, network: Any) -> None:
+        tokenizer = make_tokenizer(add_bos=False)
+        tokenizer.chat_template = "{% for m in messages %}the {{ m.content }} . {% endfor %}{% if add_generation_prompt %}a{% endif %}"
+        ids = LocalModel(network, tokenizer, progress=False)._encode(Request.of("red cat"))
+        assert tokenizer.decode(ids) == "the red cat . a"
