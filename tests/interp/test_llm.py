@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("openai")
 
-from snmf_interp.llm import (  # noqa: E402  # after the check
+from snmf_interp.llm import (  # after the check
     Answer,
     LocalModel,
     OpenAIModel,
@@ -25,8 +25,8 @@ from snmf_interp.llm import (  # noqa: E402  # after the check
     find_object,
 )
 
-from .conftest import make_network, make_tokenizer  # noqa: E402
-from .endpoint import Endpoint, Reply, completion, serve  # noqa: E402
+from .conftest import make_network, make_tokenizer
+from .endpoint import Endpoint, Reply, completion, serve
 
 
 @pytest.fixture(autouse=True)
