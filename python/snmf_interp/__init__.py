@@ -29,7 +29,11 @@ if TYPE_CHECKING:
     )
     from .features import Feature, describe
     from .generation import Continuation, generate
+    from .judging import Judgement, Qualification, judge, qualify
+    from .labels import Label, label_features
+    from .llm import LocalModel, OpenAIModel
     from .models import LanguageModel, load_model
+    from .sentences import SentenceDetection, detect_sentences, write_sentences
     from .steering import Intervention, steer
     from .store import ActivationStore
     from .strengths import Strength, solve_strength, solve_strengths
@@ -41,22 +45,33 @@ __all__ = [
     "Detection",
     "Feature",
     "Intervention",
+    "Judgement",
+    "Label",
     "LanguageModel",
+    "LocalModel",
+    "OpenAIModel",
+    "Qualification",
     "Sample",
+    "SentenceDetection",
     "Strength",
     "best_neurons",
     "collect",
     "describe",
+    "detect_sentences",
     "evaluate_features",
     "generate",
+    "judge",
+    "label_features",
     "load_model",
     "permuted_labels",
+    "qualify",
     "random_directions",
     "read_texts",
     "solve_strength",
     "solve_strengths",
     "split_texts",
     "steer",
+    "write_sentences",
 ]
 
 _HOMES = {
@@ -65,22 +80,33 @@ _HOMES = {
     "Detection": "evaluation",
     "Feature": "features",
     "Intervention": "steering",
+    "Judgement": "judging",
+    "Label": "labels",
     "LanguageModel": "models",
+    "LocalModel": "llm",
+    "OpenAIModel": "llm",
+    "Qualification": "judging",
     "Sample": "texts",
+    "SentenceDetection": "sentences",
     "Strength": "strengths",
     "best_neurons": "evaluation",
     "collect": "activations",
     "describe": "features",
+    "detect_sentences": "sentences",
     "evaluate_features": "evaluation",
     "generate": "generation",
+    "judge": "judging",
+    "label_features": "labels",
     "load_model": "models",
     "permuted_labels": "evaluation",
+    "qualify": "judging",
     "random_directions": "evaluation",
     "read_texts": "texts",
     "solve_strength": "strengths",
     "solve_strengths": "strengths",
     "split_texts": "evaluation",
     "steer": "steering",
+    "write_sentences": "sentences",
 }
 
 

@@ -15,7 +15,16 @@ import typer
 from rich.logging import RichHandler
 from rich.text import Text
 
-from . import terminal
+from . import label_command, terminal
+from .arguments import (
+    DeviceOption,
+    ModelArgument,
+    ModelDtypeOption,
+    RevisionOption,
+    RunArgument,
+    StartOption,
+    TrustOption,
+)
 
 if TYPE_CHECKING:
     from .models import LanguageModel
@@ -27,31 +36,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Take the MLPs of a language model apart into groups of neurons that people can read.\n\n"
-    "Start with [bold]snmf demo[/bold]; for a model of your own: collect, then fit, then features.",
+    "Start with [bold]snmf demo[/bold]; for a model of your own: collect, then fit, then features and label.",
 )
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="smollm2-135m or gemma-3-270m (bundled), a .gguf file, a local folder, or a Hub id.",
-    ),
-]
-RunArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The run's folder, made by snmf collect.")]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda, …", show_default="cuda when there is one, else cpu")
-]
-ModelDtypeOption = Annotated[
-    str, typer.Option(help="Precision the model runs in: float32, bfloat16 or float16.")
-]
-StartOption = Annotated[
-    str, typer.Option(help="Token in front of every text: auto, none, or a token such as '<|endoftext|>'.")
-]
-RevisionOption = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")]
-TrustOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let the Hub repository run its own code.")
-]
 
 _debug = False
 
@@ -456,6 +444,9 @@ def steer(
     )
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
+
+
+_command("label")(label_command.label)
 
 
 @_command("demo")

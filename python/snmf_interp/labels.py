@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import files, prompts, words
 from .llm import Request, ask_json
+from .runs import versions
 
 if TYPE_CHECKING:
     from .features import Feature, TokenInContext
@@ -192,7 +193,10 @@ def write_labels(folder: Path, labels: Sequence[Label], record: Mapping[str, Any
         }
         for side in SIDES
     }
-    files.write_json(_record_path(path), {"format": FORMAT, **record, "counts": counts})
+    files.write_json(
+        _record_path(path),
+        {"format": FORMAT, **record, "counts": counts, "versions": versions()},
+    )
     files.write_text(path, "".join(json.dumps(asdict(n), ensure_ascii=False) + "\n" for n in every))
     return every
 

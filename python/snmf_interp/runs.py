@@ -4,6 +4,9 @@
     activations/                    see snmf_interp.store
     layer_6/factors.safetensors     snmf_kernels.Factorization
     layer_6/features.jsonl          one snmf_interp.Feature a line
+    layer_6/labels/words.jsonl      one snmf_interp.Label a line, a file for each source, a manifest beside it
+    words.json                      how often each word occurs in the texts
+    llm/                            answers of language models as they came
 
 Every step may be cut short: what is finished is kept, and the same step done again does only what is missing.
 """
@@ -11,6 +14,7 @@ Every step may be cut short: what is finished is kept, and the same step done ag
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
     from .texts import Sample
 
 FORMAT = 1
-CONFIG, ACTIVATIONS = "config.json", "activations"
+CONFIG, ACTIVATIONS, WORDS = "config.json", "activations", "words.json"
 _PACKAGES = ("snmf-kernels", "torch", "transformers", "tokenizers", "numpy", "safetensors")
 
 
@@ -63,7 +67,7 @@ class Run:
         store = collect(model, samples, layers, out=folder / ACTIVATIONS, **options)
         config = {
             "format": FORMAT,
-            "versions": _versions(),
+            "versions": versions(),
             "model": store.plan["model"] | {"weights": store.plan["options"]["weights"]},
             "texts": {"source": texts, "samples": len(samples), "digest": store.plan["options"]["texts"]},
             "hook_names": store.plan["hook_names"],
@@ -185,8 +189,10 @@ class Run:
             started = time.perf_counter()
             factors = snmf_kernels.fit(store.layer(layer).T, k, progress=progress, **options)
             seconds = time.perf_counter() - started
-            # Neither the record nor the descriptions of old factors may outlive them.
+            # Neither the record nor the descriptions and labels of old factors may outlive them.
             self.features_path(layer).unlink(missing_ok=True)
+            if self.labels_folder(layer).is_dir():
+                shutil.rmtree(self.labels_folder(layer))
             if self.config["layers"].pop(str(layer), None):
                 files.write_json(self.path / CONFIG, self.config)
             self._factors(layer).parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +206,7 @@ class Run:
                 "dead_features": [int(i) for i in factors.dead_features],
                 "backend": str(factors.backend),
                 "seconds": round(seconds, 2),
-                "versions": _versions(),
+                "versions": versions(),
             }
             self.config["layers"][str(layer)] = record
             files.write_json(self.path / CONFIG, self.config)
@@ -247,6 +253,24 @@ class Run:
         write_features(path, features)
         return features
 
+    def words(self, model: LanguageModel | Callable[[], LanguageModel]) -> dict[str, int]:
+        """How often each word occurs in the texts, read from words.json, or counted now and written there.
+
+        Args:
+            model: the model whose tokenizer made the run's tokens, or what loads it; called only when needed.
+        """
+        from .models import LanguageModel
+        from .words import corpus_words
+
+        path = self.path / WORDS
+        if path.is_file():
+            there: dict[str, int] = files.read_versioned(path, FORMAT)["counts"]
+            return there
+        counts = corpus_words(self.store(), model if isinstance(model, LanguageModel) else model())
+        ordered = dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
+        files.write_json(path, {"format": FORMAT, "counts": ordered})
+        return ordered
+
     def load_model(self, *, device: str | None = None) -> LanguageModel:
         """Load the model that the run was collected from, as it was loaded then."""
         import torch
@@ -267,6 +291,15 @@ class Run:
         """Where a layer's features are, once described."""
         return self.path / f"layer_{layer}" / "features.jsonl"
 
+    def labels_folder(self, layer: int) -> Path:
+        """Where a layer's labels are, once made."""
+        return self.path / f"layer_{layer}" / "labels"
+
+    @property
+    def answers(self) -> Path:
+        """Where the answers of language models are kept."""
+        return self.path / "llm"
+
     def _factors(self, layer: int) -> Path:
         return self.path / f"layer_{layer}" / "factors.safetensors"
 
@@ -286,7 +319,8 @@ class Run:
         )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of the packages that shape a run, for the record."""
     # A source checkout on the path has no metadata; better no version than a wrong one.
     return {name: importlib.metadata.version(name) for name in _PACKAGES if _is_installed(name)}
 

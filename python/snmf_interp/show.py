@@ -14,6 +14,7 @@ from .features import visible
 
 if TYPE_CHECKING:
     from .features import Feature, TokenInContext
+    from .labels import Label
 
 
 def clearest(features: Iterable[Feature], count: int) -> list[Feature]:
@@ -99,6 +100,42 @@ def feature_head(feature: Feature) -> Group:
         Text(counted_words(feature), style="green", no_wrap=True, overflow="ellipsis"),
         _words_line("→ ", feature.distinctive),
     )
+
+
+def label_table(features: Sequence[Feature], labels: Iterable[Label], width: int) -> Table:
+    """One row per feature: its place and the corpus's best label, and its labels from either side.
+
+    Args:
+        features: what to show.
+        labels: of these and perhaps others; only sides that occur have a column.
+        width: of the whole table in characters.
+    """
+    found = {(label.layer, label.index, label.side): label for label in labels}
+    sides = [side for side in ("input", "output") if any(key[2] == side for key in found)]
+    table = Table(box=box.SIMPLE_HEAD, width=width, show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("feature", width=22)
+    heads = {"input": "fires on", "output": "makes likelier"}
+    for side in sides:
+        table.add_column(heads[side], ratio=1)
+    for feature in features:
+        name = Text.assemble((f"{feature.layer}/{feature.index}", "bold"))
+        if feature.concept:
+            name.append(f"\n{visible(feature.concept).replace('_', ' ')}", style="cyan")
+            name.append(f" {feature.concept_precision:.2f}", style="dim")
+        cells = [found.get((feature.layer, feature.index, side)) for side in sides]
+        table.add_row(name, *map(_label_text, cells))
+    return table
+
+
+def _label_text(label: Label | None) -> Text:
+    """Dim where it is not clear, red where it is missing."""
+    if label is None:
+        return Text()
+    if label.is_missing:
+        return Text(f"missing: {visible(label.reason or '')}", style="red")
+    if label.text is None:
+        return Text("no clear concept", style="dim italic")
+    return Text(visible(label.text), style="" if label.clear else "dim")
 
 
 def counted_words(feature: Feature) -> str:

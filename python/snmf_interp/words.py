@@ -31,7 +31,7 @@ _PRIOR = 500.0
 _LISTED, _LISTED_FUNCTION = 2.0, 5.0
 # The words of a context are listed where the tokens have fewer words of their own, and only those of two texts.
 _FEW = 3
-FUNCTION_WORDS = frozenset(
+FUNCTION_WORDS = frozenset(  # as prose, for a list of strings of them would fill a page
     """
     a an the and or but nor so yet if then than as because while when where whether though although unless until
     since before after of in on at by for with from to into onto over under above below between among through across
@@ -40,7 +40,7 @@ FUNCTION_WORDS = frozenset(
     whose which what there here am is are was were be been being have has had having do does did doing will would
     shall should can could may might must not no some any all both each every either neither another such same own
     only just even also too very more most much many few less least how why
-    """.split()
+    """.split()  # noqa: SIM905
 )
 
 

@@ -180,7 +180,7 @@ def test_what_no_request_can_mend_ends_the_run(status: int) -> None:
 def test_nothing_listens() -> None:
     with serve(echo) as endpoint:
         asker = model(endpoint, max_retries=0)
-    with pytest.raises(ConnectionError, match="no connection.*is the server running"):
+    with pytest.raises(ConnectionError, match=r"no connection.*is the server running"):
         asker.ask(questions("a", "b"))
 
 
@@ -351,6 +351,9 @@ class TestLocal:
 
     def test_chat_template(self, network: Any) -> None:
         tokenizer = make_tokenizer(add_bos=False)
-        tokenizer.chat_template = "{% for m in messages %}the {{ m.content }} . {% endfor %}{% if add_generation_prompt %}a{% endif %}"
+        tokenizer.chat_template = (
+            "{% for m in messages %}the {{ m.content }} . {% endfor %}"
+            "{% if add_generation_prompt %}a{% endif %}"
+        )
         ids = LocalModel(network, tokenizer, progress=False)._encode(Request.of("red cat"))
         assert tokenizer.decode(ids) == "the red cat . a"

@@ -1,0 +1,174 @@
+"""``snmf label``: names for the features of a run."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections import Counter
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from . import terminal
+from .arguments import DeviceOption, RunArgument
+
+if TYPE_CHECKING:
+    from .labels import Label
+    from .llm import LocalModel, OpenAIModel
+
+
+def label(
+    run: RunArgument,
+    layer: Annotated[
+        int | None, typer.Option(help="Which layer.", show_default="every factorised one")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A model behind an OpenAI-compatible endpoint; the key is read from OPENAI_API_KEY.",
+            show_default="SNMF_LLM_MODEL, where --base-url is given",
+        ),
+    ] = None,
+    base_url: Annotated[
+        str | None,
+        typer.Option(
+            help="The endpoint, such as http://localhost:8000/v1.",
+            show_default="OPENAI_BASE_URL, else OpenAI's",
+        ),
+    ] = None,
+    local: Annotated[
+        str | None, typer.Option(help="A Hugging Face chat model to ask in this process instead.")
+    ] = None,
+    side: Annotated[
+        str, typer.Option(help="input (what it fires on), output (what it makes likelier), or both.")
+    ] = "both",
+    limit: Annotated[
+        int | None, typer.Option(help="Label only so many of the clearest features.", show_default="all")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Most requests under way at once.")] = 8,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(help="A field of every request, such as temperature=1; =null leaves a default out."),
+    ] = None,
+    top: Annotated[int, typer.Option(help="Features to show per layer, clearest first.")] = 20,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line for every label, instead of a table.")
+    ] = False,
+    device: DeviceOption = None,
+) -> None:
+    """Name the features of a factorised run.
+
+    Without --model, --base-url and --local by their distinctive words: what they fire on more than the texts
+    would have it, near … for words around it, and the words they make likelier. With one of them by that
+    model, which reads each feature's strongest tokens in context. Labels are kept in DIR/layer_N/labels, and
+    a model's answers in DIR/llm: the same command asks only for what is missing.
+    """
+    from .labels import SIDES, label_features, made_by, write_labels
+    from .runs import Run
+
+    if side not in (*SIDES, "both"):
+        raise ValueError(f"--side: wanted input, output or both, got {side!r}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit: wanted at least 1, got {limit}")
+    sides = SIDES if side == "both" else (side,)
+    opened = Run.open(run)
+    chosen = opened.fitted if layer is None else [layer]
+    if not chosen:
+        raise FileNotFoundError(f"{run} has no factorised layer yet: `snmf fit {run}`")
+    llm = _model(opened, model, base_url, local, concurrency, _parameters(parameter), device)
+    screen = terminal.console()
+
+    @functools.cache
+    def load() -> Any:
+        with terminal.waiting(f"loading {opened.config['model']['name']}"):
+            return opened.load_model(device=device)
+
+    reasons: Counter[str] = Counter()
+    asked = 0
+    for number in chosen:
+        started = time.perf_counter()
+        features = sorted(opened.features(number, load), key=lambda f: (-f.clarity, f.index))[:limit]
+        corpus = opened.words(load) if llm is None else None
+        labels = label_features(features, llm, sides=sides, corpus=corpus)
+        write_labels(opened.labels_folder(number), labels, made_by(llm, opened.features_path(number)))
+        asked += len(labels)
+        reasons.update(label.reason for label in labels if label.reason is not None)
+        if as_json:
+            for row in labels:
+                typer.echo(json.dumps(asdict(row), ensure_ascii=False))
+            continue
+        from . import show
+
+        screen.print(show.label_table(features[:top], labels, screen.width))
+        _summary(screen, number, labels, time.perf_counter() - started)
+    if llm is not None and not as_json:
+        screen.print(Text(_costs(llm), style="dim"), soft_wrap=True)
+    if reasons:
+        reason, _ = reasons.most_common(1)[0]
+        missing = f"{sum(reasons.values())} of {asked} answers are missing, most often: {reason}"
+        if sum(reasons.values()) == asked:
+            raise RuntimeError(missing)
+        terminal.errors().print(
+            Text(f"{missing}. The same command asks again for those that failed."), soft_wrap=True
+        )
+
+
+def _model(
+    run: Any,
+    model: str | None,
+    base_url: str | None,
+    local: str | None,
+    concurrency: int,
+    parameters: dict[str, Any],
+    device: str | None,
+) -> OpenAIModel | LocalModel | None:
+    """Who names the features, or None for words alone."""
+    from .llm import LocalModel, OpenAIModel
+
+    if local is not None:
+        if model is not None or base_url is not None:
+            raise ValueError(
+                "--local: a model in this process has no --model or --base-url; give one of them"
+            )
+        with terminal.waiting(f"loading {local}"):
+            return LocalModel.load(local, device=device, cache=run.answers)
+    if model is None and base_url is None:
+        return None
+    return OpenAIModel(
+        model, base_url=base_url, cache=run.answers, concurrency=concurrency, parameters=parameters
+    )
+
+
+def _parameters(given: list[str] | None) -> dict[str, Any]:
+    """``["temperature=1", "top_p=null"]`` as a dictionary; what is not JSON is text."""
+    parameters: dict[str, Any] = {}
+    for part in given or []:
+        name, equals, value = part.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--parameter: wanted name=value, got {part!r}")
+        try:
+            parameters[name] = json.loads(value)
+        except json.JSONDecodeError:
+            parameters[name] = value
+    return parameters
+
+
+def _summary(screen: Any, layer: int, labels: list[Label], seconds: float) -> None:
+    counts = (
+        (sum(label.clear for label in labels), "clear"),
+        (sum(not label.clear and not label.is_missing for label in labels), "not clear"),
+        (sum(label.is_missing for label in labels), "missing"),
+    )
+    shown = ", ".join(f"{count} {name}" for count, name in counts if count)
+    terminal.done(screen, f"layer {layer}: {len(labels)} labels by {labels[0].source}: {shown}", seconds)
+
+
+def _costs(llm: OpenAIModel | LocalModel) -> str:
+    usage = llm.usage
+    return (
+        f"  {usage.sent:,} questions asked, {usage.failed:,} of them in vain, {usage.cached:,} answers kept from "
+        f"before; {usage.prompt_tokens:,} tokens in, {usage.completion_tokens:,} out"
+    )
