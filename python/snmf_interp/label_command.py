@@ -163,7 +163,8 @@ def _summary(screen: Any, layer: int, labels: list[Label], seconds: float) -> No
         (sum(label.is_missing for label in labels), "missing"),
     )
     shown = ", ".join(f"{count} {name}" for count, name in counts if count)
-    terminal.done(screen, f"layer {layer}: {len(labels)} labels by {labels[0].source}: {shown}", seconds)
+    number = f"{len(labels)} label{'s'[: len(labels) != 1]}"
+    terminal.done(screen, f"layer {layer}: {number} by {labels[0].source}: {shown}", seconds)
 
 
 def _costs(llm: OpenAIModel | LocalModel) -> str:

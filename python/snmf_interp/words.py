@@ -89,7 +89,8 @@ def log_odds(
         δ = log (y + α) / (n + α₀ − y − α) − log (b + α) / (N + α₀ − b − α)
         z = δ / sqrt(1 / (y + α) + 1 / (b + α))
 
-    where b and N are those of the corpus. A word that the corpus lacks has the prior of half an occurrence.
+    where b and N are those of the corpus. A word that the corpus lacks counts as if it were as common there:
+    what is compared is taken to be a part of the corpus.
 
     Args:
         counts: of the words to be compared; fractions are allowed.
@@ -110,8 +111,8 @@ def log_odds(
     n = sum(counts.values())
     scores = {}
     for word, y in counts.items():
-        b = corpus.get(word, 0)
-        alpha = prior * (b or 0.5) / total
+        b = corpus.get(word, 0) or y
+        alpha = prior * b / total
         # A corpus of one word leaves nothing to compare with.
         here, there = n + prior - y - alpha, total + prior - b - alpha
         if here <= 0 or there <= 0:

@@ -9,8 +9,18 @@ import pytest
 import torch
 
 import snmf_kernels
-from snmf_interp import LanguageModel, collect, describe, load_model, read_texts, solve_strengths, steer
+from snmf_interp import (
+    LanguageModel,
+    collect,
+    describe,
+    label_features,
+    load_model,
+    read_texts,
+    solve_strengths,
+    steer,
+)
 from snmf_interp.doctor import check_model
+from snmf_interp.words import corpus_words, split_words
 
 pytestmark = [
     pytest.mark.real_model,
@@ -53,6 +63,9 @@ def test_features(model: LanguageModel, tmp_path: Path) -> None:
     days = {"monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"}
     found = [token.word.casefold() in days for token in best.tokens[:8]]
     assert sum(found) >= 5
+    (label,) = label_features([best], sides=["input"], corpus=corpus_words(store, model))
+    assert label.clear
+    assert len(days & {word.casefold() for word in split_words(str(label.text))}) >= 2
     assert sum(feature.energy for feature in features) == pytest.approx(1)
     assert all(feature.n_neurons <= 16 for feature in features)  # ceil(0.01 * 1536)
 
