@@ -18,10 +18,10 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from . import prompts
-from .llm import Request, ask_json
+from .answers import Request, ask_json
 
 if TYPE_CHECKING:
-    from .llm import ChatModel
+    from .answers import ChatModel
 
 # What a judge must reach on each kind of text, for concept and fluency alike; a missing answer is not right.
 # A judge that always says the same fails on three kinds or four. One that guesses is right on a third, or on two thirds

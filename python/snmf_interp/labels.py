@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import files, prompts, words
-from .llm import Request, ask_json
+from .answers import Request, ask_json
 from .runs import versions
 
 if TYPE_CHECKING:
+    from .answers import ChatModel
     from .features import Feature, TokenInContext
-    from .llm import ChatModel
 
 FORMAT = 1
 SIDES = ("input", "output")
@@ -35,7 +35,9 @@ WORDS = "words"
 # 600 draws of 25 random tokens from the bundled corpus, 3 % do; of the features of SmolLM2-135M with k = 100, 82 %
 # at layer 8 and 63 % at layer 23.
 _CLEAR = 3.5
-_LONGEST = 120
+# Characters of a label, and tokens of the answer that holds it: models that think first need more, which is a
+# parameter of theirs.
+_LONGEST, _ANSWER = 120, 100
 _UNCLEAR = frozenset({"", "none", "null", "n/a", "unclear", "no clear concept", "no concept"})
 
 
@@ -130,14 +132,14 @@ def question(feature: Feature, side: str, *, shown: int = 10) -> Request | None:
         if not feature.tokens:
             return None
         places = [_marked(token) for token in feature.tokens[:shown]]
-        return Request.of(prompts.INPUT.substitute(places=prompts.quote(places)))
+        return Request.of(prompts.INPUT.substitute(places=prompts.quote(places)), max_tokens=_ANSWER)
     if not feature.promoted:
         return None
     lists = {
         name: prompts.quote([token for token, _ in getattr(feature, name)])
         for name in ("promoted", "distinctive", "suppressed")
     }
-    return Request.of(prompts.OUTPUT.substitute(lists))
+    return Request.of(prompts.OUTPUT.substitute(lists), max_tokens=_ANSWER)
 
 
 def parse_label(answer: Mapping[str, Any]) -> str:

@@ -16,110 +16,22 @@ import hashlib
 import json
 import logging
 import os
-import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from . import files
+from .answers import Answer, Request, Usage, quoted
 
 if TYPE_CHECKING:
     import openai
     import torch
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-# How many characters of an answer or of an endpoint's message a reason quotes.
-_QUOTED = 200
-
-
-@dataclass(frozen=True)
-class Request:
-    """One conversation to be continued.
-
-    Attributes:
-        messages: ``(role, content)`` pairs, the last of them the user's. Questions are put without a system
-            message, which some chat templates refuse.
-        max_tokens: the most tokens that the answer may have.
-    """
-
-    messages: tuple[tuple[str, str], ...]
-    max_tokens: int = 300
-
-    @classmethod
-    def of(cls, question: str, *, max_tokens: int = 300) -> Request:
-        """A conversation that begins with ``question``."""
-        return cls((("user", question),), max_tokens)
-
-    def then(self, answer: str, question: str) -> Request:
-        """The conversation after ``answer``, with another question."""
-        return Request((*self.messages, ("assistant", answer), ("user", question)), self.max_tokens)
-
-    @property
-    def chat(self) -> list[dict[str, str]]:
-        """The messages as endpoints and chat templates take them."""
-        return [{"role": role, "content": content} for role, content in self.messages]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came back: ``text``, or None and the ``reason``. ``cached`` answers cost nothing now."""
-
-    text: str | None
-    reason: str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.text is None) == (self.reason is None):
-            raise ValueError("an answer has either a text or the reason why there is none")
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What was asked: distinct requests sent, taken from the cache, and failed; tokens as the model counts them."""
-
-    sent: int = 0
-    cached: int = 0
-    failed: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    def plus(self, answer: Answer) -> Usage:
-        """With one more answer; one from the cache costs no tokens."""
-        if answer.cached:
-            return Usage(self.sent, self.cached + 1, self.failed, self.prompt_tokens, self.completion_tokens)
-        return Usage(
-            self.sent + 1,
-            self.cached,
-            self.failed + (answer.text is None),
-            self.prompt_tokens + answer.prompt_tokens,
-            self.completion_tokens + answer.completion_tokens,
-        )
-
-    def cost(self, per_million_prompt: float, per_million_completion: float) -> float:
-        """The price, in the currency in which a million tokens of each kind cost this much."""
-        return (
-            self.prompt_tokens * per_million_prompt + self.completion_tokens * per_million_completion
-        ) / 1e6
-
-
-class ChatModel(Protocol):
-    """What labels, sentences and judgements need of a model."""
-
-    @property
-    def name(self) -> str:
-        """For the record."""
-
-    def ask(self, requests: Sequence[Request]) -> list[Answer]:
-        """One answer for each request, in their order; a failed one is missing, with its reason."""
 
 
 class _CachedModel(ABC):
@@ -265,7 +177,7 @@ class OpenAIModel(_CachedModel):
             text = choice["message"]["content"]
             counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-            return Answer(None, f"the endpoint's answer is no chat completion: {_quoted(raw)}")
+            return Answer(None, f"the endpoint's answer is no chat completion: {quoted(raw)}")
         if not isinstance(text, str) or not text.strip():
             return Answer(None, f"the answer is empty (finish_reason {choice.get('finish_reason')})", *counts)
         return Answer(text, None, *counts)
@@ -310,11 +222,11 @@ class OpenAIModel(_CachedModel):
                 response: Any = await client.chat.completions.create(**fields)
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
                 raise ValueError(
-                    f"{client.base_url} refuses {self.name!r}: {_quoted(error)}; check model, base URL and key"
+                    f"{client.base_url} refuses {self.name!r}: {quoted(error)}; check model, base URL and key"
                 ) from error
             except openai.APIConnectionError as error:
                 reason = "time-out" if isinstance(error, openai.APITimeoutError) else "no connection"
-                cause = f" ({_quoted(error.__cause__)})" if error.__cause__ else ""
+                cause = f" ({quoted(error.__cause__)})" if error.__cause__ else ""
                 # By name: the class has moved from httpx to httpx2. Nothing listens, and nothing has: rather
                 # say so than collect as many failures as there are requests.
                 refused = type(error.__cause__).__name__ == "ConnectError"
@@ -325,7 +237,7 @@ class OpenAIModel(_CachedModel):
                     ) from error
                 take(key, Answer(None, f"{reason}{cause}"))
             except openai.OpenAIError as error:
-                take(key, Answer(None, f"{type(error).__name__}: {_quoted(error)}"))
+                take(key, Answer(None, f"{type(error).__name__}: {quoted(error)}"))
             except json.JSONDecodeError as error:
                 take(key, Answer(None, f"the endpoint's answer is not JSON: {error}"))
             else:
@@ -462,70 +374,6 @@ class LocalModel(_CachedModel):
         ]
 
 
-@dataclass(frozen=True)
-class Parsed(Generic[T]):
-    """A validated answer: ``value``, or None and the ``reason``; ``raw`` is what the model wrote, if it did."""
-
-    value: T | None
-    reason: str | None
-    raw: str | None
-
-
-def ask_json(
-    model: ChatModel, requests: Sequence[Request], parse: Callable[[dict[str, Any]], T], *, repairs: int = 1
-) -> list[Parsed[T]]:
-    """Ask for JSON objects and validate them.
-
-    Args:
-        model: whom to ask.
-        requests: the questions; they must say what the object looks like.
-        parse: makes the value of an object, or raises ValueError, whose message the model is told.
-        repairs: how often a model is told that its answer could not be used, and asked again.
-
-    Returns:
-        For each request its value; None with a reason where no answer came or none was valid.
-    """
-    results: list[Parsed[T]] = [Parsed(None, "not asked", None)] * len(requests)
-    asked = dict(enumerate(requests))
-    for attempt in range(repairs + 1):
-        again = {}
-        for place, answer in zip(asked, model.ask(list(asked.values())), strict=True):
-            if answer.text is None:
-                results[place] = Parsed(None, answer.reason, results[place].raw)
-                continue
-            try:
-                results[place] = Parsed(parse(find_object(answer.text)), None, answer.text)
-            except ValueError as error:
-                results[place] = Parsed(None, f"unusable answer: {error}", answer.text)
-                again[place] = asked[place].then(
-                    answer.text, f"That cannot be used: {error}. Answer with the JSON object alone."
-                )
-        asked = again
-        if not asked or attempt == repairs:
-            break
-    return results
-
-
-def find_object(text: str) -> dict[str, Any]:
-    """The last JSON object in ``text``, outside of ``<think>`` blocks; models put words and fences around it.
-
-    Raises:
-        ValueError: there is none.
-    """
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
-    decoder, found, place = json.JSONDecoder(), None, text.find("{")
-    while place >= 0:
-        try:
-            found, end = decoder.raw_decode(text, place)
-        except (json.JSONDecodeError, RecursionError):
-            end = place + 1
-        place = text.find("{", end)
-    if found is None:
-        raise ValueError(f"wanted a JSON object, got {_quoted(text)}")
-    result: dict[str, Any] = found
-    return result
-
-
 def _import_openai() -> Any:
     try:
         import openai
@@ -534,8 +382,3 @@ def _import_openai() -> Any:
             "asking an endpoint needs the openai package: pip install 'snmf-kernels[llm]'"
         ) from error
     return openai
-
-
-def _quoted(value: object) -> str:
-    text = " ".join(str(value).split()) or type(value).__name__
-    return text if len(text) <= _QUOTED else text[:_QUOTED] + "…"

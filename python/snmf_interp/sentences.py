@@ -21,16 +21,16 @@ from torch import Tensor
 
 from . import prompts
 from .activations import collect
+from .answers import Request, ask_json
 from .concepts import text_scores
 from .evaluation import concept_detection_score
-from .llm import Request, ask_json
 from .texts import Sample
 
 if TYPE_CHECKING:
     import snmf_kernels
 
+    from .answers import ChatModel
     from .labels import Label
-    from .llm import ChatModel
     from .models import LanguageModel
 
 _LONGEST = 400

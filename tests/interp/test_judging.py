@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from snmf_interp import LanguageModel, collect
+from snmf_interp.answers import Answer, Request
 from snmf_interp.judging import KINDS, Judgement, gold_set, judge, parse_score, qualify
 from snmf_interp.labels import Label
-from snmf_interp.llm import Answer, Request
 from snmf_interp.sentences import (
     Sentences,
     bootstrap_mean,

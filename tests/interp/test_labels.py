@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from snmf_interp import prompts
+from snmf_interp.answers import Answer, Request
 from snmf_interp.features import Feature, TokenInContext
 from snmf_interp.labels import (
     Label,
@@ -20,7 +21,6 @@ from snmf_interp.labels import (
     read_labels,
     write_labels,
 )
-from snmf_interp.llm import Answer, Request
 from snmf_interp.words import (
     count_words,
     input_words,

@@ -15,15 +15,8 @@ import pytest
 
 pytest.importorskip("openai")
 
-from snmf_interp.llm import (  # after the check
-    Answer,
-    LocalModel,
-    OpenAIModel,
-    Request,
-    Usage,
-    ask_json,
-    find_object,
-)
+from snmf_interp.answers import Answer, Request, Usage, ask_json, find_object  # after the check
+from snmf_interp.llm import LocalModel, OpenAIModel
 
 from .conftest import make_network, make_tokenizer
 from .endpoint import Endpoint, Reply, completion, serve
