@@ -112,7 +112,11 @@ def label(
         if sum(reasons.values()) == asked:
             raise RuntimeError(missing)
         terminal.errors().print(
-            Text(f"{missing}. The same command asks again for those that failed."), soft_wrap=True
+            Text(
+                f"{missing}. The same command asks again where none came; "
+                f"those that could not be used are kept in {opened.answers}."
+            ),
+            soft_wrap=True,
         )
 
 

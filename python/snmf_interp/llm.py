@@ -41,8 +41,8 @@ class _CachedModel(ABC):
     when a server is started again on another port.
     """
 
-    def __init__(self, name: str, *, cache: str | Path | None, progress: bool | None) -> None:
-        self.name = name
+    def __init__(self, name: str, origin: str, *, cache: str | Path | None, progress: bool | None) -> None:
+        self.name, self.origin = name, origin
         self.usage = Usage()
         self._cache = None if cache is None else Path(cache)
         self._progress = sys.stderr.isatty() if progress is None else progress
@@ -61,7 +61,7 @@ class _CachedModel(ABC):
 
             def take(key: str, answer: Answer, raw: Mapping[str, Any] | None = None) -> None:
                 if self._cache is not None and raw is not None and answer.text is not None:
-                    record = {"request": self._sent(wanted[key]), "response": raw}
+                    record = {"origin": self.origin, "request": self._sent(wanted[key]), "response": raw}
                     files.write_json(self._path(key), record)
                 answers[key] = answer
                 self.usage = self.usage.plus(answer)
@@ -100,7 +100,7 @@ class _CachedModel(ABC):
             return None
         try:
             answer = self._read(files.read_json(self._path(key))["response"])
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             answer = Answer(None, "damaged")
         if answer.text is None:
             logger.warning("%s is damaged; it is asked again", self._path(key))
@@ -153,12 +153,12 @@ class OpenAIModel(_CachedModel):
                 raise ValueError(f"{argument}: wanted at least {least}, got {value}")
         if not timeout > 0:
             raise ValueError(f"timeout: wanted seconds above 0, got {timeout}")
-        super().__init__(name, cache=cache, progress=progress)
         _import_openai()
         self.base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
+        super().__init__(name, self.base_url or "https://api.openai.com/v1", cache=cache, progress=progress)
         self.concurrency, self.max_retries, self.timeout = concurrency, max_retries, timeout
         self.parameters = dict(parameters or {})
-        own = self.base_url is not None and "api.openai.com" not in self.base_url
+        own = "api.openai.com" not in self.origin
         key = api_key or os.environ.get("OPENAI_API_KEY") or ("none" if own else None)
         if key is None:
             raise ValueError("api_key: OPENAI_API_KEY is not set; set it, or name an endpoint by base_url")
@@ -271,7 +271,7 @@ class LocalModel(_CachedModel):
 
         if batch_size < 1:
             raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
-        super().__init__(name, cache=cache, progress=progress)
+        super().__init__(name, "this process", cache=cache, progress=progress)
         self.network, self.tokenizer, self.batch_size = network.eval(), tokenizer, batch_size
         self._weights = fingerprint(network)
 

@@ -224,6 +224,7 @@ def test_cache_and_resume(tmp_path: Path) -> None:
         model(endpoint, cache=tmp_path).ask([Request.of("a", max_tokens=51)])
         assert len(endpoint.received) == 10
     record = json.loads(next(p for p in tmp_path.rglob("*.json") if '"A"' in p.read_text()).read_text())
+    assert record["origin"] == endpoint.url
     assert record["request"]["messages"] == [{"role": "user", "content": "a"}]
     assert record["response"]["choices"][0]["message"]["content"] == "A"
     assert not list(tmp_path.rglob("*.tmp"))
