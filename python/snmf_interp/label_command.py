@@ -132,6 +132,8 @@ def _model(
     """Who names the features, or None for words alone."""
     from .llm import LocalModel, OpenAIModel
 
+    if parameters and model is None and base_url is None:
+        raise ValueError("--parameter is a field of requests to an endpoint; it needs --model or --base-url")
     if local is not None:
         if model is not None or base_url is not None:
             raise ValueError(

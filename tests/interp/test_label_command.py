@@ -105,6 +105,7 @@ def test_bad_input_is_one_line_and_exit_code_2(fitted: Path, tmp_path: Path) -> 
         ((fitted, "--model", "gpt"), "OPENAI_API_KEY is not set"),
         ((fitted, "--base-url", "http://127.0.0.1:9/v1"), "set SNMF_LLM_MODEL"),
         ((fitted, "--model", "gpt", "--local", "x"), "--local: a model in this process"),
+        ((fitted, "--parameter", "top_p=1", "--local", "x"), "--parameter is a field of requests"),
         ((fitted, "--local", "./nowhere"), "model './nowhere': there is no"),
         ((fitted, "--parameter", "top_p", "--model", "gpt"), "--parameter: wanted name=value, got 'top_p'"),
         ((fitted, "--model", "gpt", "--base-url", "http://127.0.0.1:9/v1", "--concurrency", "0"), "concurrency"),
