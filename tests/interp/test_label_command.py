@@ -65,7 +65,7 @@ def test_endpoint_and_resume(fitted: Path) -> None:  # noqa: F811
         assert "no clear concept" in first.stdout
         assert "missing: BadRequestError" in " ".join(first.stdout.split())
         assert "3 of 6 answers are missing, most often: BadRequestError" in " ".join(first.stderr.split())
-        assert "6 questions asked, 3 of them in vain" in " ".join(first.stdout.split())
+        assert "6 questions asked, 3 of them without answer" in " ".join(first.stdout.split())
         assert endpoint.received[0]["top_p"] == 0.5
         assert "temperature" not in endpoint.received[0]
         broken, sent = False, len(endpoint.received)
