@@ -176,6 +176,6 @@ def _summary(screen: Any, layer: int, labels: list[Label], seconds: float) -> No
 def _costs(llm: OpenAIModel | LocalModel) -> str:
     usage = llm.usage
     return (
-        f"  {usage.sent:,} questions asked, {usage.failed:,} of them without answer, {usage.cached:,} answers kept from "
-        f"before; {usage.prompt_tokens:,} tokens in, {usage.completion_tokens:,} out"
+        f"  {usage.sent:,} questions asked, {usage.failed:,} of them without answer, {usage.cached:,} answers kept "
+        f"from before; {usage.prompt_tokens:,} tokens in, {usage.completion_tokens:,} out"
     )
