@@ -27,19 +27,21 @@ OPERATIONS = (
     "column_descent",
     "ridge_solve",
     "support_solve",
+    "copy_if",
 )
 # What is solved in float64, whatever the rest computes in.
 SOLVES = ("ridge_solve", "support_solve")
 # In order of preference.
 BACKENDS = ("cpp", "triton", "cuda", "torch")
 PROVIDES = {
-    "cpp": OPERATIONS,
-    "triton": ("multiplicative_update", "winner_take_all"),
-    "cuda": ("ridge_solve", "support_solve"),
+    # On a CPU nothing waits: torch copies as well.
+    "cpp": tuple(name for name in OPERATIONS if name != "copy_if"),
+    "triton": tuple(name for name in OPERATIONS if name not in SOLVES),
+    "cuda": SOLVES,
     "torch": OPERATIONS,
 }
 # What completes a backend that does not provide every operation of `fit`.
-COMPANIONS = {"cpp": (), "triton": ("cuda", "torch"), "cuda": ("triton", "torch"), "torch": ()}
+COMPANIONS = {"cpp": ("torch",), "triton": ("cuda", "torch"), "cuda": ("triton", "torch"), "torch": ()}
 _MODULES = {"cpp": "_cpp", "triton": "_triton", "cuda": "_cuda", "torch": "reference"}
 
 
@@ -77,8 +79,12 @@ def refusal(
     dtype: torch.dtype,
     operation: str | None = None,
     k: int | None = None,
+    max_active: int = 0,
 ) -> str | None:
-    """Why ``backend`` cannot run ``operation`` (None: anything) on tensors of this device and dtype; None if it can."""
+    """Why ``backend`` cannot run ``operation`` (None: anything) on tensors of this device and dtype; None if it can.
+
+    Without k, the operation is taken to be within its limits; ``max_active`` matters to a coefficient_pass alone.
+    """
     if operation is not None and operation not in PROVIDES[backend]:
         return f"it has no {operation} (it provides {', '.join(PROVIDES[backend])})"
     if backend == "torch":
@@ -95,6 +101,10 @@ def refusal(
             return "triton is not installed (pip install triton)"
         if device.type != "cuda" and not (device.type == "cpu" and _interpreting()):
             return f"it runs on CUDA and ROCm devices, the tensors are on {device}"
+        if k is not None and operation == "coefficient_pass":
+            from . import _triton
+
+            return _triton.pass_refusal(k, max_active)
         return None
     if device.type != "cuda" or torch.version.cuda is None:
         return f"it runs on CUDA devices, the tensors are on {device}"
@@ -114,6 +124,7 @@ def choose(
     dtype: torch.dtype,
     backend: str = "auto",
     k: int | None = None,
+    max_active: int = 0,
 ) -> Choice:
     """The backend and function that run one operation.
 
@@ -122,11 +133,11 @@ def choose(
         BackendError: the named backend cannot run the operation here.
     """
     if backend == "auto":
-        found = _first(_automatic(device), operation, device, dtype, k)
+        found = _first(_automatic(device), operation, device, dtype, k, max_active)
         assert found is not None, "the torch backend refuses nothing"
         return found
     check_name(backend)
-    reason = refusal(backend, device, dtype, operation, k)
+    reason = refusal(backend, device, dtype, operation, k, max_active)
     if reason is not None:
         raise BackendError(f"backend: {backend!r} cannot run {operation}: {reason}; use backend='auto'")
     return Choice(backend, _function(backend, operation))
@@ -139,11 +150,16 @@ def _automatic(device: torch.device) -> tuple[str, ...]:
 
 
 def _first(
-    order: tuple[str, ...], operation: str, device: torch.device, dtype: torch.dtype, k: int | None
+    order: tuple[str, ...],
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    k: int | None,
+    max_active: int = 0,
 ) -> Choice | None:
     """The first backend of ``order`` that does not refuse."""
     for name in order:
-        if refusal(name, device, dtype, operation, k) is None:
+        if refusal(name, device, dtype, operation, k, max_active) is None:
             return Choice(name, _function(name, operation))
     return None
 
@@ -166,6 +182,7 @@ class Kernels(NamedTuple):
     column_descent: Callable[..., Any]
     ridge_solve: Callable[..., Any]
     support_solve: Callable[..., Any]
+    copy_if: Callable[..., Any]
     recordable: bool
 
 
@@ -197,16 +214,39 @@ def choose_all(
         operation = PROVIDES[backend][0]
         reason = refusal(backend, device, torch.float64 if operation in SOLVES else dtype, operation, k)
         raise BackendError(f"backend: {backend!r} cannot run {operation} here: {reason}; use backend='auto'")
-    if chosen["coefficient_pass"] == "torch":
+    if chosen["coefficient_pass"] in ("torch", "triton"):
         # Composed of what this backend has.
         own = [functions[name] for name in ("multiplicative_update", "coordinate_descent", "sparse_product")]
-        functions["coefficient_pass"] = _function("torch", "composed_pass")(*own)
+        composed = _function("torch", "composed_pass")(*own)
+        if chosen["coefficient_pass"] == "triton":
+            composed = _either_pass(functions["coefficient_pass"], composed)
+        functions["coefficient_pass"] = composed
     return Kernels(
         chosen["multiplicative_update"] if backend == "auto" else backend,
         **functions,
-        # What plain torch does in an operation may wait for the device.
-        recordable="torch" not in chosen.values(),
+        recordable=_recordable(chosen, device, k),
     )
+
+
+def _recordable(chosen: dict[str, str], device: torch.device, k: int | None) -> bool:
+    """Whether nothing in these operations waits for the device: neither plain torch nor torch.linalg runs them."""
+    if device.type != "cuda" or "torch" in chosen.values():
+        return False
+    from . import _cuda, _triton
+
+    largest = _cuda.ridge_max_k(device.index or 0, torch.float64)
+    return k is not None and k <= largest and _triton.pass_refusal(k) is None
+
+
+def _either_pass(fused: Callable[..., Any], composed: Callable[..., Any]) -> Callable[..., Any]:
+    """A coefficient_pass that is composed where Triton's refuses what it is asked for."""
+    from . import _triton
+
+    def coefficient_pass(Y: Any, Z: Any, *arguments: Any, max_active: int = 0, **options: Any) -> Any:
+        function = fused if _triton.pass_refusal(Z.k, max_active) is None else composed
+        return function(Y, Z, *arguments, max_active=max_active, **options)
+
+    return coefficient_pass
 
 
 def report() -> dict[str, str]:

@@ -392,7 +392,9 @@ def _coefficient_pass(
     residual: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    function = _backends.choose("coefficient_pass", Y.device, Y.dtype, backend).function
+    function = _backends.choose(
+        "coefficient_pass", Y.device, Y.dtype, backend, k=Y.shape[0], max_active=max_active
+    ).function
     out = torch.empty(Y.shape, dtype=Y.dtype, device=Y.device)
     AYt, *sums = function(
         Y,

@@ -330,5 +330,5 @@ def escalated_ridge(G: Tensor, ridge: float, floor: float, steps: Tensor) -> Ten
 
 
 def copy_if(flag: Tensor, source: Tensor, target: Tensor) -> None:
-    """``target ← source`` if ``flag``, a bool without dimensions, is set; a GPU is not waited for."""
-    target.copy_(torch.where(flag, source, target))
+    """``target ← source`` (matrices of one shape) where the ``flag`` without dimensions is not zero; nothing waits."""
+    target.copy_(torch.where(flag != 0, source, target))

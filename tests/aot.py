@@ -11,60 +11,117 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from snmf_kernels import _triton
+from snmf_kernels._triton import coefficients, configs, launch, products, selection
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-ELEMENT = {torch.float32: "fp32", torch.float64: "fp64"}
+ELEMENT = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16"}
+ALIGNED = 16
 
 
-def update_sources():
-    for (dtype, large), config in _triton.UPDATE_CONFIGS.items():
-        pointer = f"*{ELEMENT[dtype]}"
+@dataclass(frozen=True)
+class Case:
+    """One kernel with the arguments of a launch on torch's allocations whose sizes divide by 16, except ``odd``."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    odd: tuple[str, ...]
+    options: dict[str, int]
+
+    def source(self) -> ASTSource:
+        names = self.kernel.arg_names
         signature = {
-            "y_ptr": pointer, "p_ptr": pointer, "q_ptr": pointer, "out_ptr": pointer, "k": "i32", "n": "i32",
-            "y_stride": "i32", "p_stride": "i32", "out_stride": "i32", "eps": "fp32",
-            "BLOCK_K": "constexpr", "BLOCK_J": "constexpr", "BLOCK_N": "constexpr", "PRECISION": "constexpr",
-        }  # fmt: skip
-        constants = {
-            "BLOCK_K": config.block_k, "BLOCK_J": config.block_j, "BLOCK_N": config.block_n,
-            "PRECISION": config.precision,
-        }  # fmt: skip
-        # What a launch on torch's allocations with n divisible by 16 is specialised to: k need not be.
-        aligned = ("y_ptr", "p_ptr", "q_ptr", "out_ptr", "n", "y_stride", "p_stride", "out_stride")
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        name = f"multiplicative_update-{ELEMENT[dtype]}-{'large' if large else 'small'}"
-        yield name, _triton.multiplicative_update_kernel, signature, constants, aligned, options
-
-
-def select_sources():
-    for dtype in ELEMENT:
-        signature = {
-            "z_ptr": f"*{ELEMENT[dtype]}", "index_ptr": "*i64", "value_ptr": f"*{ELEMENT[dtype]}",
-            "d": "i32", "count": "i32", "row_stride": "constexpr", "column_stride": "i32",
-            "BITS": "constexpr", "BLOCK": "constexpr",
-        }  # fmt: skip
-        # A stride of 1 is specialised as a constant in a launch.
-        constants = {
-            "row_stride": 1,
-            "BITS": 63 if dtype == torch.float64 else 31,
-            "BLOCK": _triton.SELECT_BLOCK,
+            name: "constexpr" if name in self.constants else self.types.get(name, "i32") for name in names
         }
-        aligned = ("z_ptr", "index_ptr", "value_ptr", "d", "column_stride")
-        yield (
-            f"winner_take_all-{ELEMENT[dtype]}", _triton.winner_take_all_kernel, signature, constants, aligned,
-            {"num_warps": _triton.SELECT_WARPS},
-        )  # fmt: skip
+        aligned = [name for name in names if name not in (*self.constants, *self.odd) and signature[name] != "fp32"]
+        return ASTSource(
+            self.kernel,
+            signature,
+            constexprs={(names.index(name),): value for name, value in self.constants.items()},
+            attrs={(names.index(name),): [["tt.divisibility", ALIGNED]] for name in aligned},
+        )
+
+
+def options(config: Any) -> dict[str, int]:
+    return {
+        name: getattr(config, name) for name in ("num_warps", "num_stages") if hasattr(config, name)
+    }
+
+
+def blocks(config: Any, **others: Any) -> dict[str, Any]:
+    """The fields of a configuration as a kernel names them."""
+    fields = {name.upper(): value for name, value in vars(config).items() if name.startswith("block_")}
+    return fields | others
+
+
+def pointers(element: str, *names: str) -> dict[str, str]:
+    return {f"{name}_ptr": f"*{element}" for name in names}
+
+
+def update_cases() -> Iterator[Case]:
+    for (dtype, large), config in configs.UPDATE.items():
+        yield Case(
+            f"multiplicative_update-{ELEMENT[dtype]}-{'large' if large else 'small'}",
+            coefficients.multiplicative_update_kernel,
+            pointers(ELEMENT[dtype], "y", "p", "q", "out"),
+            blocks(config, EPS=1e-6, PRECISION=config.precision),
+            ("k",),
+            options(config),
+        )
+    for dtype, config in configs.DESCENT.items():
+        yield Case(
+            f"coordinate_descent-{ELEMENT[dtype]}",
+            coefficients.coordinate_descent_kernel,
+            pointers(ELEMENT[dtype], "y", "p", "q"),
+            blocks(config, PRECISION=config.precision),
+            ("k", "sweeps"),
+            options(config),
+        )
+
+
+def select_cases() -> Iterator[Case]:
+    for dtype, bits in ((torch.float32, 31), (torch.float64, 63)):
+        element = ELEMENT[dtype]
+        yield Case(
+            f"winner_take_all-{element}",
+            selection.winner_take_all_kernel,
+            pointers(element, "z", "value") | pointers("i64", "index"),
+            # A stride of 1 is specialised as a constant in a launch.
+            {"row_stride": 1, "BITS": bits, "BLOCK": configs.SELECT.block},
+            ("count",),
+            options(configs.SELECT),
+        )
+        yield Case(
+            f"column_descent-{element}",
+            selection.column_descent_kernel,
+            pointers(element, "value", "products", "q", "residual", "column", "change")
+            | pointers("i64", "index", "noted"),
+            {
+                "BITS": bits,
+                "BLOCK": configs.COLUMNS.block_d,
+                "BLOCK_C": configs.COLUMNS.block_c,
+                "BLOCK_K": configs.COLUMNS.block_k,
+            },
+            ("k", "count", "sweeps"),
+            options(configs.COLUMNS),
+        )
 
 
 def nvidia_resources(cubin: bytes) -> dict[str, int]:
@@ -89,29 +146,32 @@ def amd_resources(assembly: str) -> dict[str, int]:
 
 def main() -> None:
     wanted = sys.argv[1:]
-    for name, kernel, signature, constants, aligned, options in (*update_sources(), *select_sources()):
+    for case in (*update_cases(), *select_cases()):
         for target_name, target in TARGETS.items():
-            if wanted and not any(word in f"{name}-{target_name}" for word in wanted):
+            if wanted and not all(word in f"{case.name}-{target_name}" for word in wanted):
                 continue
-            position = {argument: (i,) for i, argument in enumerate(signature)}
-            source = ASTSource(
-                kernel,
-                signature,
-                constexprs={position[key]: value for key, value in constants.items()},
-                attrs={position[argument]: [["tt.divisibility", 16]] for argument in aligned},
-            )
-            compiled = triton.compile(source, target=target, options=options)
+            start = time.perf_counter()
+            compiled = triton.compile(case.source(), target=target, options=case.options)
+            seconds = time.perf_counter() - start
             if target.backend == "cuda":
                 resources = nvidia_resources(compiled.asm["cubin"])
-                resources["wide_loads"] = len(
-                    re.findall(r"ld\.global\S*\.v[24]|cp\.async\S* .*, 0x10", compiled.asm["ptx"])
-                )
+                code = compiled.asm["ptx"]
+                wide = re.findall(r"ld\.global\S*\.v[24]|cp\.async\S* .*, 0x10", code)
+                tensor = re.findall(r"\b(?:mma|wgmma|tcgen05\.mma)\S*", code)
             else:
                 resources = amd_resources(compiled.asm["amdgcn"])
-                resources["wide_loads"] = len(
-                    re.findall(r"(?:global|buffer)_load_dwordx[24]", compiled.asm["amdgcn"])
-                )
-            row = {"kernel": name, "target": target_name, "shared": compiled.metadata.shared, **resources}
+                code = compiled.asm["amdgcn"]
+                wide = re.findall(r"(?:global|buffer)_load_(?:lds_)?dwordx[24]", code)
+                tensor = re.findall(r"v_s?mfma\S*", code)
+            row = {
+                "kernel": case.name,
+                "target": target_name,
+                "shared": compiled.metadata.shared,
+                **resources,
+                "wide_loads": len(wide),
+                "tensor_cores": len(tensor),
+                "seconds": round(seconds, 1),
+            }
             print(json.dumps(row), flush=True)
 
 

@@ -1,0 +1,148 @@
+"""Tiles of every kernel, by dtype and size class: one table, compiled as a whole by tests/aot.py.
+
+Chosen for what compilation shows (no spills on sm_80, sm_90, sm_100 and gfx942; tests/test_aot.py) and for the reasons
+beside each, not yet tuned on a device: benchmarks/gpu_report.py, stages "tune" and "pass", do that. ``precision``
+is Triton's ``input_precision`` of products: ``"ieee"`` means float32 multiply-adds, without tensor cores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Tile of a sweep over Y: features of a program or of one block, features of one step of its sums, tokens."""
+
+    block_k: int
+    block_j: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """A kernel that goes over one axis in blocks."""
+
+    block: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class ColumnConfig:
+    """``column_descent``: rows of a column, kept entries, and features of the residual at a time."""
+
+    block_d: int
+    block_c: int
+    block_k: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class GatherConfig:
+    """Products with the kept rows of A: kept entries of a feature at a time, and tokens of a program."""
+
+    block_c: int
+    block_n: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """Matrix products with a tile of A: features, neurons and tokens of it.
+
+    ``parts`` says how: the other operand as three bfloat16 that add up to its float32, on tensor cores, or in
+    ``"ieee"`` multiply-adds.
+    """
+
+    block_k: int
+    block_d: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    parts: bool
+
+
+@dataclass(frozen=True)
+class PassConfig:
+    """The pass over A as a whole.
+
+    Attributes:
+        max_k: most features it takes.
+        tile_bytes: what a tile of A may have.
+        sweeps: tiles of its sweeps, by dtype and whether they are multiplicative.
+    """
+
+    max_k: int
+    tile_bytes: int
+    sweeps: dict[tuple[torch.dtype, bool], SweepConfig]
+
+
+# By dtype, and by whether k needs more than one row of tiles. Large ones have more products for each load; in float64 the
+# accumulators are twice as wide, and larger tiles spill.
+UPDATE: dict[tuple[torch.dtype, bool], SweepConfig] = {
+    (torch.float32, False): SweepConfig(32, 16, 64, 4, 2, "ieee"),
+    (torch.float32, True): SweepConfig(64, 16, 128, 8, 3, "ieee"),
+    (torch.float64, False): SweepConfig(32, 16, 32, 4, 2, "ieee"),
+    (torch.float64, True): SweepConfig(32, 16, 32, 4, 2, "ieee"),
+}
+# Features follow one another, so that a program waits for latencies: few tokens and one warp to a program, whose row sums
+# then need no barrier, and many programs to a multiprocessor. No stages: loads must stay behind the barriers.
+DESCENT: dict[torch.dtype, SweepConfig] = {
+    torch.float32: SweepConfig(16, 32, 32, 1, 1, "ieee"),
+    torch.float64: SweepConfig(16, 16, 32, 1, 1, "ieee"),
+}
+# A column of 14,336 takes four blocks of 512 bytes to a warp.
+SELECT = BlockConfig(4096, 8)
+# A program has its multiprocessor to itself (there are as many as layers), so many warps; an update of the residual touches
+# whole rows of it, 64 features in one load of a half warp.
+COLUMNS = ColumnConfig(4096, 32, 64, 8)
+# 16 KB of float32 to a program: enough to hide one load's latency.
+COPY = BlockConfig(4096, 4)
+# By the working dtype. As many gathered values in flight as registers allow, rows of at least 128 bytes each.
+GATHER: dict[torch.dtype, GatherConfig] = {
+    torch.float32: GatherConfig(16, 128, 4),
+    torch.float64: GatherConfig(16, 64, 4),
+}
+# By the working dtype and whether A is bfloat16. Its products with the three parts of a float32 are exact, so that
+# tensor cores give float32 accuracy at a third of their rate; float16 has too little range for such parts, and float32
+# would take six products. Without tensor cores the accumulators are what fits registers.
+PRODUCT: dict[tuple[torch.dtype, bool], DenseConfig] = {
+    (torch.float32, True): DenseConfig(64, 64, 64, 4, 3, True),
+    (torch.float32, False): DenseConfig(64, 16, 64, 8, 3, False),
+    (torch.float64, False): DenseConfig(32, 16, 32, 4, 2, False),
+}
+# Likewise; here a program owns block_k x block_d sums and walks over tokens.
+ACCUMULATE: dict[tuple[torch.dtype, bool], DenseConfig] = {
+    (torch.float32, True): DenseConfig(64, 64, 32, 4, 3, True),
+    (torch.float32, False): DenseConfig(64, 64, 16, 8, 3, False),
+    (torch.float64, False): DenseConfig(32, 32, 16, 4, 2, False),
+}
+# A share of kept rows from which a dense product takes less time than gathering. Gathering is bound by the second-level
+# cache (5 TB/s on an H100), dense products by 1/3 of 989 TFLOP/s, or 67 of float32 multiply-adds at a good half.
+DENSE_FROM = {True: 1 / 32, False: 1 / 16}
+# So many programs at least, twice the multiprocessors of an H100, if necessary by splitting the neurons.
+PROGRAMS = 264
+# The residual is measured once, after the last iteration, so that float32 multiply-adds will do.
+RESIDUAL: dict[torch.dtype, DenseConfig] = {
+    torch.float32: DenseConfig(16, 64, 64, 4, 1, False),
+    torch.float64: DenseConfig(16, 32, 32, 4, 1, False),
+}
+# A tile of A beside its Y, the parts of ZᵀA and A Yᵀ leaves room in the 40 to 50 MB of an A100's or H100's second level.
+# Up to 256 features the sums of one neuron block fit the registers of a few programs, and y and ZᵀA of one program's
+# tokens (64 KB) the first level; above, multiply-adds take longer than a second pass over A.
+PASS = PassConfig(
+    max_k=256,
+    tile_bytes=16 << 20,
+    sweeps={
+        (torch.float32, False): DESCENT[torch.float32],
+        (torch.float64, False): DESCENT[torch.float64],
+        # All rows of the tokens belong to one program: few tokens, more features and warps.
+        (torch.float32, True): SweepConfig(32, 16, 32, 4, 1, "ieee"),
+        (torch.float64, True): SweepConfig(32, 16, 32, 4, 1, "ieee"),
+    },
+)
