@@ -6,6 +6,7 @@ so the tests start this in a process without ``TRITON_INTERPRET``. No GPU is nee
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -19,10 +20,11 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from snmf_kernels._triton import coefficients, configs, launch, products, selection
+from snmf_kernels._triton import coefficients, configs, launch, products, selection, tile_pass
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -124,6 +126,94 @@ def select_cases() -> Iterator[Case]:
         )
 
 
+WORKING = (torch.float32, torch.float64)
+# Of a matrix stored neuron by neuron, and token by token: a stride of 1 is a constant in a launch.
+LAYOUTS = {"": "a_column", "-token_major": "a_row"}
+
+
+def dense_cases() -> Iterator[Case]:
+    tables = (
+        ("product", products.dense_product_kernel, configs.PRODUCT, {}, ("z", "out")),
+        ("accumulate", products.accumulate_kernel, configs.ACCUMULATE, {"WEIGHTED": True}, ("y", "weight", "out")),
+    )
+    for (name, kernel, table, flags, working), (layout, one) in itertools.product(tables, LAYOUTS.items()):
+        for (dtype, bfloat16), config in table.items():
+            element = "bf16" if bfloat16 else ELEMENT[dtype]
+            part = tl.bfloat16 if config.parts else None
+            yield Case(
+                f"{name}-{ELEMENT[dtype]}-{element}{layout}",
+                kernel,
+                pointers(ELEMENT[dtype], *working) | pointers(element, "a"),
+                blocks(config, PART=part, **flags, **{one: 1}),
+                ("k",),
+                options(config),
+            )
+
+
+def gather_cases() -> Iterator[Case]:
+    for dtype, element in ((torch.float32, "bf16"), (torch.float32, "fp32"), (torch.float64, "fp64")):
+        config, working = configs.GATHER[dtype], ELEMENT[dtype]
+        yield Case(
+            f"gather-{working}-{element}",
+            products.gather_product_kernel,
+            pointers(working, "value", "out") | pointers(element, "a") | pointers("i64", "index"),
+            blocks(config, a_column=1),
+            ("k", "count"),
+            options(config),
+        )
+        yield Case(
+            f"accumulate_kept-{working}-{element}",
+            products.accumulate_kept_kernel,
+            pointers(working, "y", "weight", "out") | pointers(element, "a") | pointers("i64", "index"),
+            blocks(config, WEIGHTED=True, a_column=1),
+            ("k", "count"),
+            options(config),
+        )
+
+
+def pass_cases() -> Iterator[Case]:
+    for (dtype, multiplicative), config in configs.PASS.sweeps.items():
+        yield Case(
+            f"sweep-{ELEMENT[dtype]}-{'multiplicative' if multiplicative else 'descent'}",
+            tile_pass.sweep_kernel,
+            pointers(ELEMENT[dtype], "y", "out", "spare", "parts", "q", "scale", "shift", "weight")
+            | pointers("fp64", "sums")
+            | {"tol": "fp32"},
+            blocks(
+                config, MULTIPLICATIVE=multiplicative, EPS=1e-6, SCALED=True, SHIFTED=True, WEIGHTED=True,
+                MEASURE=not multiplicative, PRECISION=config.precision,
+            ),
+            ("k", "splits", "sweeps", "sums_ptr", "sums_stride"),
+            options(config),
+        )  # fmt: skip
+    for dtype, config in configs.RESIDUAL.items():
+        # In float32 the loads of a bfloat16 A.
+        element = "bf16" if dtype == torch.float32 else "fp64"
+        yield Case(
+            f"residual-{ELEMENT[dtype]}-{element}",
+            tile_pass.residual_kernel,
+            pointers(ELEMENT[dtype], "z", "y", "weight") | pointers(element, "a") | pointers("fp64", "sums"),
+            blocks(config, WEIGHTED=True, a_column=1),
+            ("k", "sums_ptr", "sums_stride"),
+            options(config),
+        )
+
+
+def copy_cases() -> Iterator[Case]:
+    for dtype in WORKING:
+        yield Case(
+            f"copy_if-{ELEMENT[dtype]}",
+            launch.copy_if_kernel,
+            pointers("i1", "flag") | pointers(ELEMENT[dtype], "source", "target"),
+            {"BLOCK": configs.COPY.block, "source_column": 1, "target_column": 1},
+            ("flag_ptr",),
+            options(configs.COPY),
+        )
+
+
+CASES = (update_cases, select_cases, dense_cases, gather_cases, pass_cases, copy_cases)
+
+
 def nvidia_resources(cubin: bytes) -> dict[str, int]:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -133,20 +223,24 @@ def nvidia_resources(cubin: bytes) -> dict[str, int]:
             [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    return {"registers": found["REG"], "stack": found["STACK"] + found["LOCAL"]}
+    return {"registers": found["REG"], "stack": found["STACK"] + found["LOCAL"], "scalar_spills": 0}
 
 
 def amd_resources(assembly: str) -> dict[str, int]:
     def number(name: str) -> int:
         return int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])
 
-    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
-    return {"registers": number("vgpr_count"), "stack": number("private_segment_fixed_size") + spills}
+    # Scalar registers are spilled to lanes of vector registers, not to memory.
+    return {
+        "registers": number("vgpr_count"),
+        "stack": number("private_segment_fixed_size") + number("vgpr_spill_count"),
+        "scalar_spills": number("sgpr_spill_count"),
+    }
 
 
 def main() -> None:
     wanted = sys.argv[1:]
-    for case in (*update_cases(), *select_cases()):
+    for case in itertools.chain.from_iterable(cases() for cases in CASES):
         for target_name, target in TARGETS.items():
             if wanted and not all(word in f"{case.name}-{target_name}" for word in wanted):
                 continue
@@ -156,20 +250,23 @@ def main() -> None:
             if target.backend == "cuda":
                 resources = nvidia_resources(compiled.asm["cubin"])
                 code = compiled.asm["ptx"]
-                wide = re.findall(r"ld\.global\S*\.v[24]|cp\.async\S* .*, 0x10", code)
-                tensor = re.findall(r"\b(?:mma|wgmma|tcgen05\.mma)\S*", code)
+                wide = re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64|v4\.f32|v2\.f64)|cp\.async\S* .*, 0x10", code)
+                products_of = re.findall(r"\b(?:wgmma\.)?(?:mma|mma_async|tcgen05\.mma)\.\S*", code)
             else:
                 resources = amd_resources(compiled.asm["amdgcn"])
                 code = compiled.asm["amdgcn"]
-                wide = re.findall(r"(?:global|buffer)_load_(?:lds_)?dwordx[24]", code)
-                tensor = re.findall(r"v_s?mfma\S*", code)
+                wide = re.findall(r"(?:global|buffer)_load_(?:lds_)?dwordx4", code)
+                products_of = re.findall(r"v_s?mfma_\S*", code)
             row = {
                 "kernel": case.name,
                 "target": target_name,
                 "shared": compiled.metadata.shared,
                 **resources,
                 "wide_loads": len(wide),
-                "tensor_cores": len(tensor),
+                # Instructions that multiply in fewer bits than float32 has; those of float64, and AMD's of float32,
+                # round as multiply-adds do.
+                "reduced": sum(bool(re.search(r"tf32|xf32|bf16|f16", opcode)) for opcode in products_of),
+                "opcodes": sorted(set(products_of)),
                 "seconds": round(seconds, 1),
             }
             print(json.dumps(row), flush=True)

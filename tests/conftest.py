@@ -16,8 +16,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from snmf_kernels import _backends  # noqa: E402  # after the environment
 
 
-def runs_here(operation: str) -> list:
-    """(backend, device) pairs that can run an operation on this machine, as parameters."""
+def runs_here(operation: str, **limits: int) -> list:
+    """(backend, device) pairs that can run an operation on this machine, as parameters.
+
+    ``limits`` are what ``refusal`` asks for besides: pairs that refuse those are left out.
+    """
     pairs = [("torch", "cpu"), ("cpp", "cpu")]
     pairs += [("torch", "cuda"), ("triton", "cuda"), ("cuda", "cuda")] if GPU else [("triton", "cpu")]
     return [
@@ -26,6 +29,10 @@ def runs_here(operation: str) -> list:
         )
         for backend, device in pairs
         if operation in _backends.PROVIDES[backend]
+        and (
+            not limits
+            or _backends.refusal(backend, torch.device(device), torch.float32, operation, **limits) is None
+        )
     ]
 
 

@@ -110,16 +110,17 @@ GATHER: dict[torch.dtype, GatherConfig] = {
 }
 # By the working dtype and whether A is bfloat16. Its products with the three parts of a float32 are exact, so that
 # tensor cores give float32 accuracy at a third of their rate; float16 has too little range for such parts, and float32
-# would take six products. Without tensor cores the accumulators are what fits registers.
+# would take six products. Steps of 32 neurons leave registers for the parts. Without tensor cores the accumulators are
+# what fits registers.
 PRODUCT: dict[tuple[torch.dtype, bool], DenseConfig] = {
-    (torch.float32, True): DenseConfig(64, 64, 64, 4, 3, True),
-    (torch.float32, False): DenseConfig(64, 16, 64, 8, 3, False),
+    (torch.float32, True): DenseConfig(64, 32, 64, 4, 3, True),
+    (torch.float32, False): DenseConfig(64, 16, 64, 4, 3, False),
     (torch.float64, False): DenseConfig(32, 16, 32, 4, 2, False),
 }
 # Likewise; here a program owns block_k x block_d sums and walks over tokens.
 ACCUMULATE: dict[tuple[torch.dtype, bool], DenseConfig] = {
     (torch.float32, True): DenseConfig(64, 64, 32, 4, 3, True),
-    (torch.float32, False): DenseConfig(64, 64, 16, 8, 3, False),
+    (torch.float32, False): DenseConfig(64, 64, 32, 8, 3, False),
     (torch.float64, False): DenseConfig(32, 32, 16, 4, 2, False),
 }
 # A share of kept rows from which a dense product takes less time than gathering. Gathering is bound by the second-level
@@ -142,7 +143,7 @@ PASS = PassConfig(
         (torch.float32, False): DESCENT[torch.float32],
         (torch.float64, False): DESCENT[torch.float64],
         # All rows of the tokens belong to one program: few tokens, more features and warps.
-        (torch.float32, True): SweepConfig(32, 16, 32, 4, 1, "ieee"),
+        (torch.float32, True): SweepConfig(32, 32, 32, 4, 1, "ieee"),
         (torch.float64, True): SweepConfig(32, 16, 32, 4, 1, "ieee"),
     },
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from .configs import PASS, DenseConfig, SweepConfig
+from .configs import DenseConfig, SweepConfig
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def plan_pass(
     product: DenseConfig,
     sweep: SweepConfig,
     programs: int,
-    tile_bytes: int = PASS.tile_bytes,
+    tile_bytes: int,
 ) -> Plan:
     """The launches for ``A [d, n]`` with elements of ``a_bytes`` and k features of ``kept`` entries each.
 

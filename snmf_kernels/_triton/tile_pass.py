@@ -244,7 +244,7 @@ class _Steps:
         self.plan: Plan = plan_pass(
             d, n, k, a_bytes=A.element_size(), y_bytes=Y.element_size(), kept=count, gather=self.gather,
             products=products, residual=residual_values is not None, product=dense_config(PRODUCT, dtype, A),
-            sweep=PASS.sweeps[dtype, False], programs=PROGRAMS,
+            sweep=PASS.sweeps[dtype, False], programs=PROGRAMS, tile_bytes=PASS.tile_bytes,
         )  # fmt: skip
         width = self.plan.width
         self.parts = torch.empty(self.plan.splits, k, width, dtype=dtype, device=device)
