@@ -61,7 +61,7 @@ def coordinate_descent(
 
     Equivalent to, for each feature i in turn,
     ``Y[i] = (Y[i] + (ZtA[i] - ZtZ[i] @ Y) / ZtZ[i, i]).clamp(min=0)``.
-    Arguments and result as in :func:`multiplicative_update`; backends ``"cpp"`` and ``"torch"``.
+    Arguments and result as in :func:`multiplicative_update`.
     """
     _check_coefficients(Y, ZtA, ZtZ, sweeps)
     return _coordinate_descent(Y, ZtA, ZtZ, sweeps, backend)
@@ -91,7 +91,7 @@ def sparse_product(Z: SparseColumns, A: Tensor, *, backend: str = "auto") -> Ten
     Args:
         Z: features, as :func:`winner_take_all` gives them.
         A: activations ``[d, n]``, any strides, float16, bfloat16, float32 or float64.
-        backend: ``"auto"``, ``"cpp"`` or ``"torch"``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"torch"``.
     """
     _check_features(Z)
     _check_activations(A, Z)
@@ -139,7 +139,7 @@ def coefficient_pass(
             some, ``"all"`` for the whole ``[k, d]``, or None.
         measure: whether ``violation``, the distance from the optimality conditions, is wanted.
         residual: whether ``residual`` and ``data``, ``‖A − Z Y‖²`` and ``‖A‖²``, are wanted.
-        backend: ``"auto"``, ``"cpp"`` or ``"torch"``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"`` (up to 256 features, no ``max_active``) or ``"torch"``.
 
     Returns:
         The new coefficients ``[k, n]``, the arguments being left as they are, and a
@@ -186,7 +186,7 @@ def column_descent(
         AYt: ``(A Yᵀ)ᵀ [k, d]`` in the dtype of Z.
         YYt: ``Y Yᵀ [k, k]``.
         sweeps: number of sweeps.
-        backend: ``"auto"``, ``"cpp"`` or ``"torch"``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"torch"``.
 
     Returns:
         The new features; the arguments are left as they are.

@@ -52,7 +52,9 @@ class Case:
         signature = {
             name: "constexpr" if name in self.constants else self.types.get(name, "i32") for name in names
         }
-        aligned = [name for name in names if name not in (*self.constants, *self.odd) and signature[name] != "fp32"]
+        aligned = [
+            name for name in names if name not in (*self.constants, *self.odd) and signature[name] != "fp32"
+        ]
         return ASTSource(
             self.kernel,
             signature,
@@ -62,9 +64,7 @@ class Case:
 
 
 def options(config: Any) -> dict[str, int]:
-    return {
-        name: getattr(config, name) for name in ("num_warps", "num_stages") if hasattr(config, name)
-    }
+    return {name: getattr(config, name) for name in ("num_warps", "num_stages") if hasattr(config, name)}
 
 
 def blocks(config: Any, **others: Any) -> dict[str, Any]:
@@ -134,7 +134,13 @@ LAYOUTS = {"": "a_column", "-token_major": "a_row"}
 def dense_cases() -> Iterator[Case]:
     tables = (
         ("product", products.dense_product_kernel, configs.PRODUCT, {}, ("z", "out")),
-        ("accumulate", products.accumulate_kernel, configs.ACCUMULATE, {"WEIGHTED": True}, ("y", "weight", "out")),
+        (
+            "accumulate",
+            products.accumulate_kernel,
+            configs.ACCUMULATE,
+            {"WEIGHTED": True},
+            ("y", "weight", "out"),
+        ),
     )
     for (name, kernel, table, flags, working), (layout, one) in itertools.product(tables, LAYOUTS.items()):
         for (dtype, bfloat16), config in table.items():
@@ -250,7 +256,9 @@ def main() -> None:
             if target.backend == "cuda":
                 resources = nvidia_resources(compiled.asm["cubin"])
                 code = compiled.asm["ptx"]
-                wide = re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64|v4\.f32|v2\.f64)|cp\.async\S* .*, 0x10", code)
+                wide = re.findall(
+                    r"ld\.global\S*\.(?:v4\.b32|v2\.b64|v4\.f32|v2\.f64)|cp\.async\S* .*, 0x10", code
+                )
                 products_of = re.findall(r"\b(?:wgmma\.)?(?:mma|mma_async|tcgen05\.mma)\.\S*", code)
             else:
                 resources = amd_resources(compiled.asm["amdgcn"])

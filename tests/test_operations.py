@@ -616,7 +616,9 @@ def test_column_descent_never_raises_the_loss(backend, device, d, k, count):
         losses.append(float((A - Z.to_dense() @ Y).square().sum()))
     assert all(after <= before * (1 + 1e-14) for before, after in itertools.pairwise(losses))
     assert losses[-1] < losses[0]
-    if count == d and k == 5 and not interpreted(backend, device):  # without a choice of supports this is least squares
+    if (
+        count == d and k == 5 and not interpreted(backend, device)
+    ):  # without a choice of supports this is least squares
         used = torch.diagonal(YYt) > 0
         for _ in range(200):
             Z = ops.column_descent(Z, AYt, YYt, backend=backend)

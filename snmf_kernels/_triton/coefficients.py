@@ -112,7 +112,9 @@ def descend(  # type: ignore[no-untyped-def]  # likewise
         now = tl.zeros((BLOCK_K, BLOCK_N), dtype=y_ptr.dtype.element_ty)
         for i in range(tl.minimum(BLOCK_K, k - first)):
             this = tl.arange(0, BLOCK_K) == i
-            later = tl.load(q_ptr + wide_rows * k + (first + i), mask=row_inside & (rows > first + i), other=0.0)
+            later = tl.load(
+                q_ptr + wide_rows * k + (first + i), mask=row_inside & (rows > first + i), other=0.0
+            )
             pivot = tl.load(q_ptr + tl.full((), first + i, tl.int64) * (k + 1))
             alive = pivot > 0
             best = tl.sum(tl.where(this[:, None], left, 0.0), 0) / tl.where(alive, pivot, 1.0)

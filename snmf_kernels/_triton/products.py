@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sparse import SparseColumns
-from .configs import DENSE_FROM, GATHER, PROGRAMS, PRODUCT, DenseConfig
+from .configs import DENSE_FROM, GATHER, PRODUCT, PROGRAMS, DenseConfig
 from .launch import INTERPRETING, device_of
 from .schedule import split
 

@@ -338,7 +338,11 @@ class _Steps:
 
     def _sums_of(self, kernel: str, number: int, block_n: int, rows: int) -> Tensor:
         """Room for the sums of every program of a kernel."""
-        sizes = [launch.tokens.stop - launch.tokens.start for launch in self.plan.launches if launch.kernel == kernel]
+        sizes = [
+            launch.tokens.stop - launch.tokens.start
+            for launch in self.plan.launches
+            if launch.kernel == kernel
+        ]
         programs = rows * sum(triton.cdiv(size, block_n) for size in sizes)
         return torch.empty(number, programs, dtype=torch.float64, device=self.Y.device)
 
