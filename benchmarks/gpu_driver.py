@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from snmf_kernels import ops
+from snmf_kernels import _triton, ops
 from snmf_kernels.sparse import Supports
 
 torch.manual_seed(0)
@@ -14,6 +14,17 @@ for dtype in (torch.float32, torch.float64):
     Y = torch.rand(37, 130, device="cuda", dtype=dtype)
     ops.winner_take_all(Z, 7, backend="triton")
     ops.multiplicative_update(Y, Z.T @ A, Z.T @ Z, sweeps=2, backend="triton")
+    ops.coordinate_descent(Y, Z.T @ A, Z.T @ Z, sweeps=2, backend="triton")
+    kept = ops.winner_take_all(Z, 7, backend="triton")
+    ops.column_descent(kept, Y @ A.T, Y @ Y.T, sweeps=2, backend="triton")
+    _triton.copy_if(torch.ones((), dtype=torch.bool, device="cuda"), Y, torch.empty_like(Y))
+    for read in (A, A.T.contiguous().T, A.bfloat16(), A.bfloat16().T.contiguous().T):
+        ops.sparse_product(kept, read, backend="triton")
+        for products, multiplicative in (("kept", False), ("all", True)):
+            ops.coefficient_pass(
+                Y, kept, read, Z.T @ Z, sweeps=2, products=products, multiplicative=multiplicative,
+                measure=not multiplicative, residual=True, backend="triton",
+            )  # fmt: skip
     for batch, k, m in ((9, 5, 3), (3, 33, 40), (2, 70, 70)):
         factor = torch.randn(batch, k, k, device="cuda", dtype=dtype)
         X, info = ops.ridge_solve(

@@ -1,6 +1,6 @@
 """GPU figures: each stage appends to one JSON file as it ends, and a short table is printed last.
 
-    python benchmarks/gpu_report.py --out DIR [--stages floors,update,select,solve,fit,tune] [--smoke]
+    python benchmarks/gpu_report.py --out DIR [--stages floors,update,products,pass,...] [--smoke]
 
 Times are medians of device events after a warm-up, with the spread (10th and 90th percentile). ``--smoke`` runs every
 stage on tiny shapes, on the CPU (Triton interpreted) where there is no GPU: it shows that the script works,
@@ -10,6 +10,8 @@ its times mean nothing.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import itertools
 import json
 import platform
@@ -24,7 +26,8 @@ import triton
 from published import PublishedLoop, synthetic_activations
 
 import snmf_kernels
-from snmf_kernels import _backends, _triton, reference
+from snmf_kernels import SparseColumns, _backends, _triton, reference
+from snmf_kernels._triton import coefficients, configs, products, selection, tile_pass
 
 SMOKE = False
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -114,6 +117,134 @@ def update():
         yield {**facts, "TFLOP_per_s": 4 * k * k * n / facts["triton_ms"] / 1e9}
 
 
+def descent():
+    """Coordinate descent over Y, by tokens of a program and by sweeps, against torch's multiplicative update."""
+    committed = dict(configs.DESCENT)
+    tiles = [committed[torch.float32]] + [
+        configs.SweepConfig(block_k, 32, block_n, warps, 1, "ieee")
+        for block_k, block_n, warps in ((16, 16, 1), (16, 64, 2), (32, 32, 2), (32, 16, 1))
+    ]
+    sizes = shapes(list(itertools.product((50, 100, 200, 400), (7500, 100_000))), [(5, 70)])
+    try:
+        for k, n in sizes:
+            problem = update_problem(k, n)
+            wanted = reference.coordinate_descent(*(tensor.double() for tensor in problem))
+            plain = timed("torch_multiplicative", reference.multiplicative_update, *problem)
+            for tile in shapes(tiles, tiles[:1]):
+                configs.DESCENT[torch.float32] = tile
+                yield {
+                    "name": f"descent k={k} n={n} block_k={tile.block_k} block_n={tile.block_n} w={tile.num_warps}",
+                    **plain,
+                    **timed("triton", _triton.coordinate_descent, *problem),
+                    **timed("triton_5_sweeps", _triton.coordinate_descent, *problem, 5),
+                    "error": error_of(_triton.coordinate_descent(*problem), wanted),
+                }
+    finally:
+        configs.DESCENT.update(committed)
+
+
+def pass_matrices(d, n, k, dtype, token_major, keep=0.01):
+    """(Y, Z, A, ZtZ) of the size of a layer."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    A = synthetic_activations(d, n, device=DEVICE, dtype=dtype)
+    A = A.T.contiguous().T if token_major else A.contiguous()
+    Z = reference.winner_take_all(
+        torch.randn(k, d, device=DEVICE, generator=generator).T, max(1, round(keep * d))
+    )
+    dense = Z.to_dense()
+    return torch.rand(k, n, device=DEVICE, generator=generator), Z, A, dense.T @ dense
+
+
+def sparse_products():
+    """ZᵀA gathered and dense, against torch's dense product (a bfloat16 A: of a bfloat16 Z, which rounds)."""
+    sizes = shapes([(14336, 7500, 100), (14336, 7500, 400), (14336, 50_000, 100)], [(64, 70, 3)])
+    committed = dict(configs.DENSE_FROM)
+    try:
+        for (d, n, k), dtype, token_major in itertools.product(
+            sizes, (torch.bfloat16, torch.float16, torch.float32), (False, True)
+        ):
+            _, Z, A, _ = pass_matrices(d, n, k, dtype, token_major)
+            dense = Z.to_dense().T.to(dtype)
+            facts = {
+                "name": f"products d={d} n={n} k={k} {str(dtype)[6:]} {'token' if token_major else 'neuron'}-major",
+                **timed("torch_same_dtype", torch.mm, dense, A),
+                "torch_error": error_of(
+                    dense[:, :] @ A[:, :64], Z.to_dense().T.double() @ A[:, :64].double()
+                ),
+            }
+            ways = {"dense": 0.0} if token_major else {"gathered": 1.0, "dense": 0.0}
+            for way, share in ways.items():
+                products.DENSE_FROM.update(dict.fromkeys(committed, share))
+                facts |= timed(way, _triton.sparse_product, Z, A)
+                got = _triton.sparse_product(Z, A)[:, :64]
+                facts[f"{way}_error"] = error_of(got, Z.to_dense().T.double() @ A[:, :64].double())
+            products.DENSE_FROM.update(committed)
+            yield {**facts, "chosen": "gathered" if products.gathers(Z, A) else "dense"}
+    finally:
+        products.DENSE_FROM.update(committed)
+
+
+def tile_passes():
+    """The pass over A by bytes of a tile (the last: all tokens at once), against one composed of torch's operations."""
+    sizes = shapes([(14336, 7500, 100), (14336, 100_000, 100), (14336, 100_000, 200)], [(40, 100, 3)])
+    tile_sizes = shapes([8 << 20, 16 << 20, 24 << 20, 64 << 20, 1 << 40], [1, 1 << 40])
+    committed = configs.PASS
+    for (d, n, k), dtype, token_major in itertools.product(
+        sizes, shapes((torch.bfloat16, torch.float32), (torch.bfloat16,)), (False, True)
+    ):
+        Y, Z, A, ZtZ = pass_matrices(d, n, k, dtype, token_major)
+        out = torch.empty_like(Y)
+        for wanted, sweeps in itertools.product(("kept", "all"), shapes((1, 5), (1,))):
+            options = {"out": out, "sweeps": sweeps, "products": wanted}
+            fused = functools.partial(tile_pass.coefficient_pass, Y, Z, A, ZtZ, **options)
+            few = slice(0, min(n, 500))
+            exact = torch.empty(k, few.stop, dtype=torch.float64, device=DEVICE)
+            reference.coefficient_pass(
+                Y[:, few].double(), SparseColumns(Z.indices, Z.values.double(), d), A[:, few].double(),
+                ZtZ.double(), out=exact, sweeps=sweeps,
+            )  # fmt: skip
+            facts = {
+                "name": f"pass d={d} n={n} k={k} {str(dtype)[6:]} {'token' if token_major else 'neuron'}-major "
+                f"{wanted} sweeps={sweeps}",
+                "floor_ms_at_3.35_TB_per_s": A.nbytes / 3.35e9,
+            }
+            try:
+                for tile_bytes in tile_sizes:
+                    tile_pass.PASS = dataclasses.replace(committed, tile_bytes=tile_bytes)
+                    name = "whole" if tile_bytes == 1 << 40 else f"{tile_bytes >> 20}MB"
+                    facts |= timed(name, fused, repeat=7)
+            finally:
+                tile_pass.PASS = committed
+            fused()
+            facts["error"] = error_of(out[:, few], exact)
+            if n < 50_000:  # as many blocks of few tokens take seconds
+                composed = functools.partial(
+                    reference.coefficient_pass, Y, Z, A, ZtZ, multiplicative=True, **options
+                )
+                facts |= timed("torch_multiplicative", composed, repeat=3)
+            yield facts
+
+
+def columns():
+    """Column descent for one layer and for many side by side."""
+    for d, k in shapes([(1536, 100), (14336, 100), (14336, 400)], [(70, 3)]):
+        count = max(1, d // 100)
+        Y = torch.rand(k, 2000, device=DEVICE)
+        AYt = torch.randn(k, d, device=DEVICE)
+        Z = reference.winner_take_all(torch.randn(k, d, device=DEVICE).T, count)
+        facts = {
+            "name": f"columns d={d} k={k}",
+            **timed("one", _triton.column_descent, Z, AYt, Y @ Y.T, repeat=5),
+        }
+        for batch in shapes((32,), (2,)):
+            many = [x[None].expand(batch, *x.shape) for x in (Z.indices, Z.values, AYt, Y @ Y.T)]
+            facts |= timed(f"{batch}", _triton.column_descent_batch, *many, repeat=5)
+        wanted = reference.column_descent(Z, AYt, Y @ Y.T)
+        got = _triton.column_descent(Z, AYt, Y @ Y.T)
+        facts["same_entries"] = float((got.indices == wanted.indices).double().mean())
+        yield facts
+
+
 TILES = [  # block_k, block_j, block_n, num_warps, num_stages
     (32, 16, 64, 4, 2), (32, 32, 64, 4, 2), (32, 16, 128, 4, 2), (64, 16, 64, 4, 2), (64, 16, 64, 4, 3),
     (64, 32, 64, 4, 2), (64, 16, 128, 8, 2), (64, 16, 128, 8, 3), (64, 32, 64, 8, 3), (64, 32, 128, 8, 2),
@@ -122,26 +253,26 @@ TILES = [  # block_k, block_j, block_n, num_warps, num_stages
 
 
 def tune():
-    """Every sensible configuration of the update kernel; the best ones go into UPDATE_CONFIGS by hand."""
+    """Every sensible configuration of the update kernel; the best ones go into the table by hand."""
     sizes = shapes([(100, 7500), (100, 100_000), (400, 7500), (400, 100_000), (1000, 50_000)], [(5, 70)])
     problems = {size: update_problem(*size) for size in sizes}
-    committed = dict(_triton.UPDATE_CONFIGS)
+    committed = dict(configs.UPDATE)
     try:
         for precision, tile in itertools.product(("ieee", "tf32x3"), shapes(TILES, TILES[:1])):
             for key in committed:
-                _triton.UPDATE_CONFIGS[key] = _triton.UpdateConfig(*tile, precision)
+                coefficients.UPDATE[key] = configs.SweepConfig(*tile, precision)
             facts = {"name": f"{precision} {tile}"}
             for (k, n), problem in problems.items():
                 facts |= timed(f"k={k} n={n}", _triton.multiplicative_update, *problem, repeat=7)
             yield facts
     finally:
-        _triton.UPDATE_CONFIGS.update(committed)
+        coefficients.UPDATE.update(committed)
 
 
 def select():
     """Winner-take-all against torch.topk, over blocks and warps."""
     launches = [(1024, 4), (2048, 4), (4096, 4), (4096, 8), (8192, 8), (16384, 8), (16384, 16)]
-    committed = _triton.SELECT_BLOCK, _triton.SELECT_WARPS
+    committed = selection.SELECT
     try:
         for d, k in shapes([(1536, 100), (14336, 100), (14336, 400), (14336, 1000)], [(70, 3)]):
             count = -(-d // 100)
@@ -149,7 +280,7 @@ def select():
             plain = timed("topk", lambda Z, count: Z.abs().topk(count, dim=0), Z, count)
             wanted = reference.winner_take_all(Z, count)
             for block, warps in shapes(launches, launches[:1]):
-                _triton.SELECT_BLOCK, _triton.SELECT_WARPS = block, warps
+                selection.SELECT = configs.BlockConfig(block, warps)
                 fused = timed("triton", _triton.winner_take_all, Z, count)
                 yield {
                     "name": f"select d={d} k={k} block={block} warps={warps}",
@@ -159,7 +290,7 @@ def select():
                     "equal": torch.equal(_triton.winner_take_all(Z, count).indices, wanted.indices),
                 }
     finally:
-        _triton.SELECT_BLOCK, _triton.SELECT_WARPS = committed
+        selection.SELECT = committed
 
 
 def compare(operation, exact, *arguments):
@@ -282,7 +413,18 @@ def fit():
             }
 
 
-STAGES = {"floors": floors, "update": update, "select": select, "solve": solve, "fit": fit, "tune": tune}
+STAGES = {
+    "floors": floors,
+    "update": update,
+    "descent": descent,
+    "products": sparse_products,
+    "pass": tile_passes,
+    "columns": columns,
+    "select": select,
+    "solve": solve,
+    "fit": fit,
+    "tune": tune,
+}
 
 
 def main():

@@ -468,12 +468,13 @@ def test_the_sums_of_a_pass_are_what_they_say(backend, device, weighted):
 
 @pytest.mark.parametrize(("backend", "device"), runs_here("coefficient_pass"))
 def test_a_pass_reaches_the_optimum_and_says_so(backend, device):
-    Y, Z, A, ZtZ = pass_problem(67, 257, 9, 4, torch.float64, device)
-    optimum, measured = ops.coefficient_pass(Y, Z, A, ZtZ, sweeps=500, measure=True, backend=backend)
+    n, plenty = (97, 150) if interpreted(backend, device) else (257, 500)
+    Y, Z, A, ZtZ = pass_problem(67, n, 9, 4, torch.float64, device)
+    optimum, measured = ops.coefficient_pass(Y, Z, A, ZtZ, sweeps=plenty, measure=True, backend=backend)
     assert measured.violation < 1e-24 * measured.squared_norm
-    assert measured.sweeps == 500
-    # Tokens that are done at once, tiles of their own on a CPU, before and after the others.
-    done = (torch.arange(257, device=device) - 48).abs() > 16
+    assert measured.sweeps == plenty
+    # Tokens that are done at once, tiles of their own, before and after the others.
+    done = (torch.arange(n, device=device) - 48).abs() > 16
     Y = torch.where(done, optimum, Y)
     for tol in (1e-1, 1e-3, 1e-6):
 
@@ -574,7 +575,7 @@ def test_a_pass_keeps_nan_visible_and_in_bounds(backend, device, max_active):
 @pytest.mark.parametrize("sweeps", [1, 3])
 @pytest.mark.parametrize(("backend", "device"), runs_here("column_descent"))
 def test_column_descent(backend, device, sweeps, d, k, count, dtype):
-    if interpreted(backend, device) and k * sweeps > 100:
+    if interpreted(backend, device) and k * sweeps > (70 if dtype == torch.float32 else 30):
         pytest.skip("takes minutes where kernels are interpreted")
     Z, AYt, YYt, _, _ = column_problem(d, k, count, dtype, device)
     before = Z.values.clone()
@@ -611,7 +612,7 @@ def column_problem(d, k, count, dtype=torch.float64, device="cpu", n=80, seed=0)
 def test_column_descent_never_raises_the_loss(backend, device, d, k, count):
     Z, AYt, YYt, A, Y = column_problem(d, k, count, device=device, n=15)
     losses = [float((A - Z.to_dense() @ Y).square().sum())]
-    for _ in range(6 if interpreted(backend, device) else 20):
+    for _ in range(3 if interpreted(backend, device) else 20):
         Z = ops.column_descent(Z, AYt, YYt, backend=backend)
         losses.append(float((A - Z.to_dense() @ Y).square().sum()))
     assert all(after <= before * (1 + 1e-14) for before, after in itertools.pairwise(losses))

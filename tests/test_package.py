@@ -134,10 +134,10 @@ def test_a_named_backend_must_run_something(monkeypatch):
     monkeypatch.setattr(
         _backends,
         "refusal",
-        lambda backend, device, dtype, operation=None, k=None: (
+        lambda backend, device, dtype, operation=None, k=None, *limits: (
             ("too large" if operation else None)
             if backend == "cuda"
-            else real(backend, device, dtype, operation, k)
+            else real(backend, device, dtype, operation, k, *limits)
         ),
     )
     with pytest.raises(snmf_kernels.BackendError, match="'cuda' cannot run ridge_solve here: too large"):
@@ -150,7 +150,7 @@ def test_interpreted_triton_is_never_chosen_by_itself():
     assert _backends.choose_all(CPU, torch.float32).backend == "cpp"
     kernels = _backends.choose_all(CPU, torch.float32, "triton")
     assert kernels.backend == "triton"
-    assert kernels.multiplicative_update.__module__ == "snmf_kernels._triton"
+    assert kernels.multiplicative_update.__module__ == "snmf_kernels._triton.coefficients"
     assert kernels.ridge_solve.__module__ == "snmf_kernels.reference"
 
 

@@ -1,4 +1,4 @@
-"""What only the Triton backend has: its limits, tiles of a pass, problems side by side, and what a GPU alone can show."""
+"""What only the Triton backend has: its limits, tiles of a pass, problems side by side, and what a GPU shows."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Triton kernels and their launchers: the names and signatures of ``reference``.
 
-``coefficients`` holds the sweeps over Y, ``selection`` what chooses the entries of Z, ``products`` the products with A,
-``tile_pass`` the pass over A that does all of it a tile at a time, ``schedule`` the plan of its launches, ``configs`` the
-tiles of every kernel. With ``TRITON_INTERPRET=1`` in the environment before the first import they run on CPU
-tensors, for tests.
+``coefficients`` holds the sweeps over Y, ``selection`` what chooses the entries of Z, ``products`` the products with
+A, ``tile_pass`` the pass over A that does all of it a tile at a time, ``schedule`` the plan of its launches,
+``configs`` the tiles of every kernel. With ``TRITON_INTERPRET=1`` in the environment before the first import they run
+on CPU tensors, for tests.
 
 No launcher waits for the device: what it allocates and launches depends on shapes alone, so that sequences of launches
 can be captured as CUDA graphs.

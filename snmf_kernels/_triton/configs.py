@@ -82,24 +82,24 @@ class PassConfig:
     sweeps: dict[tuple[torch.dtype, bool], SweepConfig]
 
 
-# By dtype, and by whether k needs more than one row of tiles. Large ones have more products for each load; in float64 the
-# accumulators are twice as wide, and larger tiles spill.
+# By dtype, and by whether k needs more than one row of tiles. Large ones have more products for each load; in float64
+# the accumulators are twice as wide, and larger tiles spill.
 UPDATE: dict[tuple[torch.dtype, bool], SweepConfig] = {
     (torch.float32, False): SweepConfig(32, 16, 64, 4, 2, "ieee"),
     (torch.float32, True): SweepConfig(64, 16, 128, 8, 3, "ieee"),
     (torch.float64, False): SweepConfig(32, 16, 32, 4, 2, "ieee"),
     (torch.float64, True): SweepConfig(32, 16, 32, 4, 2, "ieee"),
 }
-# Features follow one another, so that a program waits for latencies: few tokens and one warp to a program, whose row sums
-# then need no barrier, and many programs to a multiprocessor. No stages: loads must stay behind the barriers.
+# Features follow one another, so that a program waits for latencies: few tokens and one warp to a program, whose row
+# sums then need no barrier, and many programs to a multiprocessor. No stages: loads must stay behind the barriers.
 DESCENT: dict[torch.dtype, SweepConfig] = {
     torch.float32: SweepConfig(16, 32, 32, 1, 1, "ieee"),
     torch.float64: SweepConfig(16, 16, 32, 1, 1, "ieee"),
 }
-# A column of 14,336 takes four blocks of 512 bytes to a warp.
+# Four blocks to a column of 14,336, with 16 values of each to a thread; with more of them registers spill.
 SELECT = BlockConfig(4096, 8)
-# A program has its multiprocessor to itself (there are as many as layers), so many warps; an update of the residual touches
-# whole rows of it, 64 features in one load of a half warp.
+# A program has its multiprocessor to itself (there are as many as layers), so as many warps as registers allow; an
+# update of the residual touches whole rows of it, 64 features in one load of a half warp.
 COLUMNS = ColumnConfig(4096, 32, 64, 8)
 # 16 KB of float32 to a program: enough to hide one load's latency.
 COPY = BlockConfig(4096, 4)
@@ -123,8 +123,9 @@ ACCUMULATE: dict[tuple[torch.dtype, bool], DenseConfig] = {
     (torch.float32, False): DenseConfig(64, 64, 32, 8, 3, False),
     (torch.float64, False): DenseConfig(32, 32, 16, 4, 2, False),
 }
-# A share of kept rows from which a dense product takes less time than gathering. Gathering is bound by the second-level
-# cache (5 TB/s on an H100), dense products by 1/3 of 989 TFLOP/s, or 67 of float32 multiply-adds at a good half.
+# The share of kept rows from which a dense product should take less time than gathering, by whether A is bfloat16.
+# Gathering is bound by the second-level cache (5 TB/s on an H100), dense products by a third of 989 TFLOP/s, or by half
+# of 67 of float32 multiply-adds. Stage "products" measures both.
 DENSE_FROM = {True: 1 / 32, False: 1 / 16}
 # So many programs at least, twice the multiprocessors of an H100, if necessary by splitting the neurons.
 PROGRAMS = 264
@@ -133,9 +134,10 @@ RESIDUAL: dict[torch.dtype, DenseConfig] = {
     torch.float32: DenseConfig(16, 64, 64, 4, 1, False),
     torch.float64: DenseConfig(16, 32, 32, 4, 1, False),
 }
-# A tile of A beside its Y, the parts of ZᵀA and A Yᵀ leaves room in the 40 to 50 MB of an A100's or H100's second level.
-# Up to 256 features the sums of one neuron block fit the registers of a few programs, and y and ZᵀA of one program's
-# tokens (64 KB) the first level; above, multiply-adds take longer than a second pass over A.
+# A tile of A beside its Y, the parts of ZᵀA and A Yᵀ leaves room in the 40 to 50 MB of an A100's or H100's second
+# level. Up to 256 features y and ZᵀA of one program's tokens (64 KB) fit the first level; above, multiply-adds take
+# longer than a second pass over A. Small tiles pay in launches and in sweeps that few programs wait for: stage "pass"
+# measures several sizes, one for all tokens among them.
 PASS = PassConfig(
     max_k=256,
     tile_bytes=16 << 20,

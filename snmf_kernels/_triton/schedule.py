@@ -81,7 +81,7 @@ def plan_pass(
     # Whole blocks of tokens, so that rows of a tile begin where they can be read 16 bytes at a time.
     unit = max(product.block_n, sweep.block_n)
     width = max(unit, tile_bytes // (d * a_bytes) // unit * unit)
-    width = min(width, ceil_div(n, unit) * unit)
+    width = min(width, ceil_div(max(n, 1), unit) * unit)
     tiles = ceil_div(k, product.block_k) * ceil_div(width, product.block_n)
     splits, chunk = (1, d) if gather else split(d, tiles, product.block_d, programs)
     launches = []

@@ -94,7 +94,7 @@ def note_column(  # type: ignore[no-untyped-def]  # likewise
 def subtract_change(  # type: ignore[no-untyped-def]  # likewise
     residual_ptr, change_ptr, index_ptr, q_ptr, i, k, count, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """residual[r, j] −= change[r] q[j, i] for the rows r that ``index`` lists (not -1), and j ≠ i; clears the change."""
+    """residual[r, j] −= change[r] q[j, i] for the rows r that ``index`` lists (-1: none) and j ≠ i; clears change."""
     for start in range(0, count, BLOCK_C):
         entries = start + tl.arange(0, BLOCK_C)
         rows = tl.load(index_ptr + entries, mask=entries < count, other=-1)

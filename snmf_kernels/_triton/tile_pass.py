@@ -1,4 +1,4 @@
-"""The step for Y in one pass over the activations, a tile of tokens after another (``schedule`` says in which order)."""
+"""The step for Y in one pass over the activations, a tile of tokens after another, as ``schedule`` plans it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from .schedule import Launch, Plan, plan_pass
 _SUMS = 4
 
 
-@triton.jit
+# Offsets and numbers of sweeps change from launch to launch, and no address hangs on them.
+@triton.jit(do_not_specialize=["sums_ptr", "splits", "sums_stride", "sweeps"])
 def sweep_kernel(  # type: ignore[no-untyped-def]  # typed at the launch
     y_ptr, out_ptr, spare_ptr, parts_ptr, q_ptr, scale_ptr, shift_ptr, weight_ptr, sums_ptr,
     k, n, y_stride, out_stride, width, splits, sums_stride, sweeps, tol,
@@ -133,7 +134,7 @@ def sweep_kernel(  # type: ignore[no-untyped-def]  # typed at the launch
     tl.store(program + 3 * sums_stride, swept.to(tl.float64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sums_ptr", "sums_stride"])
 def residual_kernel(  # type: ignore[no-untyped-def]  # likewise
     z_ptr, y_ptr, a_ptr, weight_ptr, sums_ptr, d, k, n, y_stride, a_row, a_column, sums_stride,
     WEIGHTED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
