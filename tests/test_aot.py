@@ -22,18 +22,18 @@ BOUNDS = {
     "coordinate_descent-fp64": (200, 8_000, 8),
     "winner_take_all-fp32": (200, 40_000, 6),
     "winner_take_all-fp64": (220, 40_000, 12),
-    "column_descent-fp32": (240, 40_000, 8),
-    "column_descent-fp64": (254, 40_000, 16),
+    "column_descent-fp32": (144, 20_000, 6),
+    "column_descent-fp64": (144, 20_000, 8),
     "product-fp32-bf16": (168, 32_000, 9),
     "product-fp32-bf16-token_major": (168, 32_000, 9),
-    "product-fp32-fp32": (168, 20_000, 3),
-    "product-fp32-fp32-token_major": (168, 20_000, 3),
+    "product-fp32-fp32": (128, 20_000, 4),
+    "product-fp32-fp32-token_major": (144, 20_000, 4),
     "product-fp64-fp64": (88, 16_000, 6),
     "product-fp64-fp64-token_major": (88, 16_000, 6),
-    "accumulate-fp32-bf16": (176, 32_000, 16),
-    "accumulate-fp32-bf16-token_major": (176, 32_000, 16),
-    "accumulate-fp32-fp32": (136, 48_000, 11),
-    "accumulate-fp32-fp32-token_major": (128, 48_000, 11),
+    "accumulate-fp32-bf16": (168, 36_000, 8),
+    "accumulate-fp32-bf16-token_major": (176, 36_000, 8),
+    "accumulate-fp32-fp32": (144, 24_000, 10),
+    "accumulate-fp32-fp32-token_major": (120, 24_000, 10),
     "accumulate-fp64-fp64": (88, 16_000, 8),
     "accumulate-fp64-fp64-token_major": (88, 16_000, 8),
     "gather-fp32-bf16": (64, 4_000, 1),
@@ -54,6 +54,13 @@ BOUNDS = {
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # The products whose float32 operand goes to tensor cores in three bfloat16 parts.
 IN_PARTS = [kernel for kernel in BOUNDS if kernel.startswith(("product-fp32-bf16", "accumulate-fp32-bf16"))]
+# Those that are compiled once more for numbers of tokens that 16 does not divide.
+RAGGED = [
+    kernel
+    for kernel in BOUNDS
+    if "-fp32" in kernel
+    and kernel.startswith(("multiplicative", "coordinate", "product", "accumulate-", "sweep"))
+]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +80,20 @@ def compiled():
 
 
 def test_every_configuration_is_covered(compiled):
-    assert set(compiled) == {(kernel, target) for kernel in BOUNDS for target in TARGETS}
+    ragged = [f"{kernel}-ragged" for kernel in RAGGED]
+    assert set(compiled) == {(kernel, target) for kernel in (*BOUNDS, *ragged) for target in TARGETS}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", RAGGED)
+def test_resources_without_aligned_rows(compiled, kernel, target):
+    row = compiled[f"{kernel}-ragged", target]
+    # The large tile of the update is at the limit where rows are aligned.
+    assert row["stack"] <= (192 if kernel == "multiplicative_update-fp32-large" else 0), (
+        "registers were spilled"
+    )
+    assert row["shared"] <= BOUNDS[kernel][1]
+    assert (row["reduced"] > 0) == (kernel in IN_PARTS)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -82,8 +102,8 @@ def test_resources(compiled, kernel, target):
     row = compiled[kernel, target]
     registers, shared, wide_loads = BOUNDS[kernel]
     assert row["stack"] == 0, "registers were spilled"
-    # Of a few kernels with many arguments, on gfx942.
-    assert row["scalar_spills"] <= (24 if kernel.startswith("column_descent") else 0)
+    # On gfx942, of the kernel with the most addresses.
+    assert row["scalar_spills"] <= (8 if kernel.startswith("column_descent") else 0)
     assert row["registers"] <= registers
     assert row["shared"] <= shared
     assert row["wide_loads"] >= wide_loads

@@ -100,7 +100,7 @@ DESCENT: dict[torch.dtype, SweepConfig] = {
 SELECT = BlockConfig(4096, 8)
 # A program has its multiprocessor to itself (there are as many as layers), so as many warps as registers allow; an
 # update of the residual touches whole rows of it, 64 features in one load of a half warp.
-COLUMNS = ColumnConfig(4096, 32, 64, 8)
+COLUMNS = ColumnConfig(2048, 32, 64, 8)
 # 16 KB of float32 to a program: enough to hide one load's latency.
 COPY = BlockConfig(4096, 4)
 # By the working dtype. As many gathered values in flight as registers allow, rows of at least 128 bytes each.
@@ -114,13 +114,13 @@ GATHER: dict[torch.dtype, GatherConfig] = {
 # what fits registers.
 PRODUCT: dict[tuple[torch.dtype, bool], DenseConfig] = {
     (torch.float32, True): DenseConfig(64, 32, 64, 4, 3, True),
-    (torch.float32, False): DenseConfig(64, 16, 64, 4, 3, False),
+    (torch.float32, False): DenseConfig(64, 16, 64, 4, 2, False),
     (torch.float64, False): DenseConfig(32, 16, 32, 4, 2, False),
 }
 # Likewise; here a program owns block_k x block_d sums and walks over tokens.
 ACCUMULATE: dict[tuple[torch.dtype, bool], DenseConfig] = {
-    (torch.float32, True): DenseConfig(64, 64, 32, 4, 3, True),
-    (torch.float32, False): DenseConfig(64, 64, 32, 8, 3, False),
+    (torch.float32, True): DenseConfig(64, 64, 32, 8, 3, True),
+    (torch.float32, False): DenseConfig(64, 64, 16, 4, 3, False),
     (torch.float64, False): DenseConfig(32, 32, 16, 4, 2, False),
 }
 # The share of kept rows from which a dense product should take less time than gathering, by whether A is bfloat16.
@@ -144,8 +144,8 @@ PASS = PassConfig(
     sweeps={
         (torch.float32, False): DESCENT[torch.float32],
         (torch.float64, False): DESCENT[torch.float64],
-        # All rows of the tokens belong to one program: few tokens, more features and warps.
-        (torch.float32, True): SweepConfig(32, 32, 32, 4, 1, "ieee"),
+        # All rows of the tokens belong to one program: few tokens, and a second warp for twice the products.
+        (torch.float32, True): SweepConfig(16, 32, 32, 2, 1, "ieee"),
         (torch.float64, True): SweepConfig(32, 16, 32, 4, 1, "ieee"),
     },
 )
