@@ -211,7 +211,7 @@ def copy_cases() -> Iterator[Case]:
         yield Case(
             f"copy_if-{ELEMENT[dtype]}",
             launch.copy_if_kernel,
-            pointers("i1", "flag") | pointers(ELEMENT[dtype], "source", "target"),
+            pointers("u1", "flag") | pointers(ELEMENT[dtype], "source", "target"),
             {"BLOCK": configs.COPY.block, "source_column": 1, "target_column": 1},
             ("flag_ptr",),
             options(configs.COPY),
