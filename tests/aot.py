@@ -1,7 +1,8 @@
 """Compiles every Triton kernel and configuration ahead of time and prints what each needs, one JSON line per kernel.
 
-Run as a program (``python tests/aot.py``): kernels that were imported for interpretation cannot be compiled,
-so the tests start this in a process without ``TRITON_INTERPRET``. No GPU is needed.
+Run as a program: ``python tests/aot.py [words of names]``, or ``ones`` to compile for sizes of 1 instead. Kernels that
+were imported for interpretation cannot be compiled, so the tests start this in a process without
+``TRITON_INTERPRET``. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -62,6 +63,17 @@ class Case:
             constexprs={(names.index(name),): value for name, value in self.constants.items()},
             attrs={(names.index(name),): [["tt.divisibility", ALIGNED]] for name in aligned},
         )
+
+
+def of_ones(case: Case) -> Case:
+    """The case where every size and stride is 1, which a launch specialises as a constant."""
+    fixed = {parameter.name for parameter in case.kernel.params if parameter.do_not_specialize}
+    sizes = [
+        name
+        for name in case.kernel.arg_names
+        if not (name in case.constants or name in fixed or name in case.types)
+    ]
+    return dataclasses.replace(case, constants=case.constants | dict.fromkeys(sizes, 1))
 
 
 def options(config: Any) -> dict[str, int]:
@@ -255,6 +267,11 @@ def amd_resources(assembly: str) -> dict[str, int]:
 
 def main() -> None:
     wanted = sys.argv[1:]
+    if wanted == ["ones"]:
+        for case in itertools.chain.from_iterable(cases() for cases in CASES):
+            triton.compile(of_ones(case).source(), target=TARGETS["sm_90"], options=case.options)
+            print(json.dumps({"kernel": case.name, "target": "ones"}), flush=True)
+        return
     for case in itertools.chain.from_iterable(cases() for cases in CASES):
         for target_name, target in TARGETS.items():
             if wanted and not all(word in f"{case.name}-{target_name}" for word in wanted):

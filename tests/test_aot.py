@@ -63,12 +63,11 @@ RAGGED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def compiled():
+def compile_all(*arguments):
     pytest.importorskip("triton")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, Path(__file__).with_name("aot.py")],
+        [sys.executable, Path(__file__).with_name("aot.py"), *arguments],
         capture_output=True,
         text=True,
         env=environment,
@@ -77,6 +76,15 @@ def compiled():
     assert run.returncode == 0, run.stderr
     rows = [json.loads(line) for line in run.stdout.splitlines()]
     return {(row["kernel"], row["target"]): row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return compile_all()
+
+
+def test_sizes_of_one_compile():
+    assert {kernel for kernel, _ in compile_all("ones")} >= set(BOUNDS)
 
 
 def test_every_configuration_is_covered(compiled):
