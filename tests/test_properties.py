@@ -107,7 +107,7 @@ def test_a_pass_does_not_raise_the_penalised_loss(A, k, seed, backend, l1):
     assert bool((new >= 0).all())
     assert_not_raised(quadratic(Y, ZtZ, linear, eps), quadratic(new, ZtZ, linear, eps))
     exact = float((A.double() - dense.double() @ new.double()).square().sum())
-    assert sums.residual == pytest.approx(exact, abs=1e-5 * (sums.data + exact))
+    assert float(sums.residual) == pytest.approx(exact, abs=1e-5 * (float(sums.data) + exact))
 
 
 @FEW

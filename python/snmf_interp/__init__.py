@@ -29,40 +29,55 @@ if TYPE_CHECKING:
     )
     from .features import Feature, describe
     from .generation import Continuation, generate
+    from .hierarchy import Hierarchy, HierarchyState, Level, fit_hierarchy
+    from .joint import JointOptions
     from .judging import Judgement, Qualification, judge, qualify
     from .labels import Label, label_features
     from .llm import LocalModel, OpenAIModel
     from .models import LanguageModel, load_model
+    from .overlap import Overlap, overlap
     from .sentences import SentenceDetection, detect_sentences, write_sentences
     from .steering import Intervention, steer
     from .store import ActivationStore
     from .strengths import Strength, solve_strength, solve_strengths
     from .texts import Sample, read_texts
+    from .trees import Description, Tree, build_tree, describe_levels
 
 __all__ = [
     "ActivationStore",
     "Continuation",
+    "Description",
     "Detection",
     "Feature",
+    "Hierarchy",
+    "HierarchyState",
     "Intervention",
+    "JointOptions",
     "Judgement",
     "Label",
     "LanguageModel",
+    "Level",
     "LocalModel",
     "OpenAIModel",
+    "Overlap",
     "Qualification",
     "Sample",
     "SentenceDetection",
     "Strength",
+    "Tree",
     "best_neurons",
+    "build_tree",
     "collect",
     "describe",
+    "describe_levels",
     "detect_sentences",
     "evaluate_features",
+    "fit_hierarchy",
     "generate",
     "judge",
     "label_features",
     "load_model",
+    "overlap",
     "permuted_labels",
     "qualify",
     "random_directions",
@@ -77,27 +92,38 @@ __all__ = [
 _HOMES = {
     "ActivationStore": "store",
     "Continuation": "generation",
+    "Description": "trees",
     "Detection": "evaluation",
     "Feature": "features",
+    "Hierarchy": "hierarchy",
+    "HierarchyState": "hierarchy",
     "Intervention": "steering",
+    "JointOptions": "joint",
     "Judgement": "judging",
     "Label": "labels",
     "LanguageModel": "models",
+    "Level": "hierarchy",
     "LocalModel": "llm",
     "OpenAIModel": "llm",
+    "Overlap": "overlap",
     "Qualification": "judging",
     "Sample": "texts",
     "SentenceDetection": "sentences",
     "Strength": "strengths",
+    "Tree": "trees",
     "best_neurons": "evaluation",
+    "build_tree": "trees",
     "collect": "activations",
     "describe": "features",
+    "describe_levels": "trees",
     "detect_sentences": "sentences",
     "evaluate_features": "evaluation",
+    "fit_hierarchy": "hierarchy",
     "generate": "generation",
     "judge": "judging",
     "label_features": "labels",
     "load_model": "models",
+    "overlap": "overlap",
     "permuted_labels": "evaluation",
     "qualify": "judging",
     "random_directions": "evaluation",

@@ -15,7 +15,7 @@ import typer
 from rich.logging import RichHandler
 from rich.text import Text
 
-from . import label_command, terminal
+from . import label_command, terminal, tree_command
 from .arguments import (
     DeviceOption,
     ModelArgument,
@@ -447,6 +447,9 @@ def steer(
 
 
 _command("label")(label_command.label)
+
+
+_command("tree")(tree_command.tree)
 
 
 @_command("demo")

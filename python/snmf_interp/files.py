@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+_HEADER = "snmf_interp"
 
 
 @contextlib.contextmanager
@@ -41,6 +44,59 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
     with replacing(path) as temporary:
         save_file(dict(tensors), temporary)
+
+
+def write_bundle(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file with a JSON header, which :func:`read_bundle` checks.
+
+    Args:
+        path: the file.
+        header: JSON values; its ``format`` and ``version`` say what the file is.
+        tensors: the rest.
+    """
+    from safetensors.torch import save_file
+
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    checked = {**header, "sha256": _checksum(header, stored)}
+    with replacing(path) as temporary:
+        save_file(stored, temporary, metadata={_HEADER: json.dumps(checked)})
+
+
+def read_bundle(path: Path, wanted: str, version: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a file of :func:`write_bundle`: its header, and its tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged, no such file as ``wanted`` names, or of a newer version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"path: no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"path: {path} is damaged or no safetensors file ({error})") from error
+    if not isinstance(header, dict) or header.get("format") != wanted:
+        found = header.get("format") if isinstance(header, dict) else header
+        raise ValueError(f"path: {path} holds {found!r}, wanted {wanted!r}")
+    if not isinstance(header.get("version"), int) or header["version"] > version:
+        raise ValueError(
+            f"path: {path} has version {header.get('version')!r}, this package reads up to {version}; upgrade it"
+        )
+    if header.pop("sha256", None) != _checksum(header, tensors):
+        raise ValueError(f"path: {path} does not match its checksum; it is damaged: make it again")
+    return header, tensors
+
+
+def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_versioned(path: Path, wanted: int) -> dict[str, Any]:

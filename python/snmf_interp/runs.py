@@ -7,6 +7,7 @@
     layer_6/labels/words.jsonl      one snmf_interp.Label a line, a file for each source, a manifest beside it
     words.json                      how often each word occurs in the texts
     llm/                            answers of language models as they came
+    layer_6/tree/                   a snmf_interp.Hierarchy, how it was made, and what its features stand for
 
 Every step may be cut short: what is finished is kept, and the same step done again does only what is missing.
 """
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
     import snmf_kernels
 
     from .features import Feature
+    from .hierarchy import Hierarchy
     from .models import LanguageModel
     from .store import ActivationStore
     from .texts import Sample
+    from .trees import Description, Place
 
 FORMAT = 1
 CONFIG, ACTIVATIONS, WORDS = "config.json", "activations", "words.json"
@@ -238,18 +241,12 @@ class Run:
             ValueError: the model's weights are not those that the run was collected from.
         """
         from .features import describe, read_features, write_features
-        from .models import LanguageModel
 
         path = self.features_path(layer)
         if self.is_fitted(layer) and path.is_file():
             return read_features(path)
         factors = self.factors(layer)
-        loaded = model if isinstance(model, LanguageModel) else model()
-        if loaded.fingerprint() != self.config["model"]["weights"]:
-            raise ValueError(
-                f"model: the weights of {loaded.name!r} are not those that {self.path} was collected from"
-            )
-        features = describe(factors, self.store(), loaded, layer)
+        features = describe(factors, self.store(), self._checked(model), layer)
         write_features(path, features)
         return features
 
@@ -270,6 +267,125 @@ class Run:
         ordered = dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
         files.write_json(path, {"format": FORMAT, "counts": ordered})
         return ordered
+
+    def hierarchy(
+        self,
+        layer: int,
+        sizes: Sequence[int],
+        *,
+        keep: float = 0.01,
+        neuron_scale: str | None = "rms",
+        joint: str | None = "all",
+        seed: int = 0,
+        overwrite: bool = False,
+        **options: Any,
+    ) -> tuple[Hierarchy, dict[str, Any]]:
+        """The hierarchy of a layer with these options: made, finished, or read if it is there.
+
+        Where the layer has been factorised into ``sizes[0]`` features with the same ``keep`` and ``neuron_scale``,
+        that is its finest level.
+
+        Args:
+            layer: a collected layer.
+            joint: ``"all"``, ``"top"`` or None; see :class:`snmf_interp.JointOptions`.
+            sizes, keep, neuron_scale, seed, options: of :func:`snmf_interp.fit_hierarchy`, JSON values only.
+            overwrite: replace a hierarchy that was made with other options.
+
+        Returns:
+            The hierarchy and its record: ``options``, ``base`` (options of the factorisation that it began with, or
+            None), ``seconds`` (None where an earlier call was cut short) and ``reused``.
+
+        Raises:
+            ValueError: the layer was not collected, or has a hierarchy of other options and ``overwrite`` is not set.
+        """
+        from .hierarchy import Hierarchy, fit_hierarchy
+        from .joint import JointOptions
+
+        if layer not in self.layers:
+            raise ValueError(
+                f"layer: {layer} was not collected; this run has {', '.join(map(str, self.layers))}"
+            )
+        base, base_record = None, None
+        if self.is_fitted(layer):
+            fitted = self.config["layers"][str(layer)]
+            solver = fitted["solver_options"]
+            if (solver["k"], solver["keep"], solver["neuron_scale"]) == (sizes[0], keep, neuron_scale):
+                base, base_record = (
+                    self.factors(layer),
+                    fitted["options"] | {"loss": fitted["relative_error"]},
+                )
+        folder = self._tree(layer)
+        manifest, result = folder / "manifest.json", folder / "hierarchy.safetensors"
+        wanted = {
+            "levels": list(sizes),
+            "keep": keep,
+            "neuron_scale": neuron_scale,
+            "joint": joint,
+            "seed": seed,
+        }
+        wanted |= {**options, "base": base_record}
+        record: dict[str, Any] = {"format": 1, "options": wanted, "versions": versions(), "seconds": None}
+        if manifest.is_file():
+            there = files.read_versioned(manifest, 1)
+            differing = [
+                name
+                for name in {**there["options"], **wanted}
+                if there["options"].get(name) != wanted.get(name)
+            ]
+            if differing and not overwrite:
+                name = differing[0]
+                raise ValueError(
+                    f"the tree of layer {layer} of {self.path} was made with {name} = {there['options'].get(name)}, "
+                    f"not {wanted.get(name)}; use --overwrite (overwrite=True) to replace it"
+                )
+            if not differing and result.is_file():
+                return Hierarchy.load(result), there | {"base": base_record, "reused": True}
+            if differing:
+                shutil.rmtree(folder)
+        begun = manifest.is_file()
+        files.write_json(manifest, record)
+        started = time.perf_counter()
+        hierarchy = fit_hierarchy(
+            self.store().layer(layer).T,
+            sizes,
+            keep=keep,
+            neuron_scale=neuron_scale,
+            joint=None if joint is None else JointOptions(joint),
+            base=base,
+            seed=seed,
+            checkpoint=folder / "checkpoint",
+            **options,
+        )
+        if not begun:
+            record["seconds"] = round(time.perf_counter() - started, 2)
+        hierarchy.save(result)
+        files.write_json(manifest, record)
+        shutil.rmtree(folder / "checkpoint")
+        return hierarchy, record | {"base": base_record, "reused": False}
+
+    def descriptions(
+        self, layer: int, model: LanguageModel | Callable[[], LanguageModel]
+    ) -> dict[Place, Description]:
+        """What the features of a layer's hierarchy stand for, by ``(level, index)``: read, or found now and written.
+
+        Args:
+            layer: a layer whose hierarchy has been made.
+            model: as for :meth:`features`.
+
+        Raises:
+            FileNotFoundError: there is no hierarchy.
+            ValueError: the model's weights are not those that the run was collected from.
+        """
+        from .hierarchy import Hierarchy
+        from .trees import describe_levels, read_descriptions, write_descriptions
+
+        path = self._tree(layer) / "descriptions.json"
+        if path.is_file():
+            return read_descriptions(path)
+        hierarchy = Hierarchy.load(self._tree(layer) / "hierarchy.safetensors")
+        found = describe_levels(hierarchy, self.store(), self._checked(model), layer)
+        write_descriptions(path, found)
+        return found
 
     def load_model(self, *, device: str | None = None) -> LanguageModel:
         """Load the model that the run was collected from, as it was loaded then."""
@@ -302,6 +418,20 @@ class Run:
 
     def _factors(self, layer: int) -> Path:
         return self.path / f"layer_{layer}" / "factors.safetensors"
+
+    def _tree(self, layer: int) -> Path:
+        return self.path / f"layer_{layer}" / "tree"
+
+    def _checked(self, model: LanguageModel | Callable[[], LanguageModel]) -> LanguageModel:
+        """The model, loaded if it is not, with the weights that the run was collected from."""
+        from .models import LanguageModel
+
+        loaded = model if isinstance(model, LanguageModel) else model()
+        if loaded.fingerprint() != self.config["model"]["weights"]:
+            raise ValueError(
+                f"model: the weights of {loaded.name!r} are not those that {self.path} was collected from"
+            )
+        return loaded
 
     def _has(self, layer: int, wanted: dict[str, Any], overwrite: bool) -> bool:
         """Whether ``layer`` is fitted with these options."""

@@ -1,0 +1,531 @@
+"""Hierarchies of features: factorise the features of a factorisation again, level upon level, and tune all together."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import logging
+import math
+import operator
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import snmf_kernels
+from snmf_kernels import Encoding, Factorization, IterationState, SparseColumns, StopReason, ops
+
+from . import files
+from .joint import JointIteration, JointOptions, Levels, Products, Tokens, finetune, joint_loss
+
+logger = logging.getLogger(__name__)
+
+_FORMAT, _VERSION = "snmf_interp.hierarchy", 1
+_CHECKPOINT = "snmf_interp.hierarchy.checkpoint"
+# Of `snmf_kernels.fit`, what makes sense on every level.
+_FIT_OPTIONS = ("solver", "refit", "sweeps", "init", "ridge", "max_iter", "tol", "patience", "backend")
+
+
+@dataclass(frozen=True)
+class HierarchyState:
+    """What the callback of :func:`fit_hierarchy` is told.
+
+    Attributes:
+        stage: ``"level 0"``, ``"level 1"``, … while levels are factorised, then ``"joint"``.
+        n_iter, max_iter: iterations of this stage done, and the bound on them.
+        relative_error: of what this stage minimises.
+    """
+
+    stage: str
+    n_iter: int
+    max_iter: int
+    relative_error: float
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """One level of a hierarchy.
+
+    Attributes:
+        Z: features in the units of A, ``[d, k_l]``, at most ``ceil(keep·d)`` non-zeros in each column.
+        Y: non-negative: ``Y_0 [k_0, n]`` on tokens, else ``Y_l [k_l, k_{l−1}]`` on the features of the level below.
+        keep: the fraction of neurons that a feature keeps.
+        relative_error: ``‖A − Z_l Y_l ⋯ Y_0‖² / ‖A‖²``, in the units of A: of what this level makes of the tokens.
+        relative_loss: the same where neurons are divided by ``Hierarchy.neuron_scale``, the units of the fit.
+        start_loss: ``relative_loss`` of the recursion alone, before fine-tuning. It may exceed 1.
+    """
+
+    Z: Tensor
+    Y: Tensor
+    keep: float
+    relative_error: float
+    relative_loss: float
+    start_loss: float
+
+    @property
+    def k(self) -> int:
+        """Number of features."""
+        return int(self.Z.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Hierarchy:
+    """Features of features: ``A ≈ Z_l Y_l ⋯ Y_1 Y_0`` at each level l, level 0 being the finest.
+
+    Attributes:
+        levels: from the finest to the coarsest.
+        neuron_scale: the scale ``[d]`` by which neurons were divided in all that was minimised, or None.
+        loss_history: the joint loss, relative to ``‖A‖²`` and the number of levels that count, before fine-tuning
+            (with features fitted to their coefficients) and after each of its iterations: never rising.
+        rejected: steps of fine-tuning that would have raised the loss, and were taken back.
+        stop_reason: why fine-tuning stopped; None if there was none.
+        options: those of :func:`fit_hierarchy`, as plain JSON values.
+    """
+
+    levels: tuple[Level, ...]
+    neuron_scale: Tensor | None
+    loss_history: tuple[float, ...]
+    rejected: int
+    stop_reason: StopReason | None
+    options: Mapping[str, Any]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of features of each level."""
+        return tuple(level.k for level in self.levels)
+
+    def coefficients(self, level: int) -> Tensor:
+        """Effective coefficients of a level on tokens, ``C_l = Y_l ⋯ Y_0 [k_l, n]``."""
+        product = self.levels[0].Y
+        for upper in self.levels[1 : self._number(level) + 1]:
+            product = upper.Y @ product
+        return product
+
+    def links(self, level: int) -> Tensor:
+        """Weights of the links from the features of a level >= 1 to those of the level below, ``[k_l, k_{l−1}]``.
+
+        ``Y_l[p, c] ‖z_p‖ ‖C_c‖``, norms of features in the units of the fit and of rows of effective coefficients,
+        relative to the largest of all: how much parent p makes of the tokens by way of child c. No scaling between a
+        column of Z and its coefficients changes it.
+        """
+        if self._number(level) == 0:
+            raise ValueError("level: wanted 1 or more, got 0: the finest level has no children")
+        upper = self.levels[level]
+        Z = upper.Z if self.neuron_scale is None else upper.Z / self.neuron_scale[:, None]
+        weights = upper.Y * Z.norm(dim=0)[:, None] * self.coefficients(level - 1).norm(dim=1)
+        return weights / weights.max().clamp_min(torch.finfo(weights.dtype).tiny)
+
+    def factorization(self, level: int) -> Factorization:
+        """A level by itself, ``A ≈ Z_l C_l``, for all that takes a factorisation: describing, encoding, evaluating."""
+        found = self.levels[self._number(level)]
+        Y = self.coefficients(level)
+        return Factorization(
+            Z=found.Z,
+            Y=Y,
+            relative_error=found.relative_error,
+            loss_history=self.loss_history,
+            n_iter=max(0, len(self.loss_history) - 1),
+            stop_reason=self.stop_reason or StopReason.MAX_ITER,
+            backend=str(self.options["backend"]),
+            dead_features=((found.Z == 0).all(0) | ~(Y > 0).any(1)).nonzero()[:, 0],
+            neuron_scale=self.neuron_scale,
+            options={
+                "k": found.k,
+                "keep": found.keep,
+                "ridge": 0.0,
+                "hierarchy": list(self.sizes),
+                "level": level,
+            },
+        )
+
+    def encode(self, A: Tensor | np.ndarray, level: int, **options: Any) -> Encoding:
+        """Coefficients of other tokens on the features of a level.
+
+        The non-negative least squares solution on Z_l itself, not by way of the levels below: what the level can say of
+        the tokens at best, and unique where its features are independent.
+
+        Args:
+            A: activations ``[d, m]``.
+            level: the level.
+            options: ``tol``, ``max_sweeps`` and ``backend`` of :meth:`snmf_kernels.Factorization.encode`.
+        """
+        return self.factorization(level).encode(A, **options)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file with a JSON header and a checksum; it appears when it is whole."""
+        tensors = {"loss_history": torch.tensor(self.loss_history, dtype=torch.float64)}
+        if self.neuron_scale is not None:
+            tensors["neuron_scale"] = self.neuron_scale
+        for number, level in enumerate(self.levels):
+            sparse = ops.winner_take_all(level.Z, max(1, int((level.Z != 0).sum(0).max())))
+            tensors |= {f"indices.{number}": sparse.indices, f"values.{number}": sparse.values}
+            tensors[f"Y.{number}"] = level.Y
+        numbers_of = ("keep", "relative_error", "relative_loss", "start_loss")
+        header = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "snmf_kernels": snmf_kernels.__version__,
+            "d": int(self.levels[0].Z.shape[0]),
+            "levels": [{name: getattr(level, name) for name in numbers_of} for level in self.levels],
+            "rejected": self.rejected,
+            "stop_reason": self.stop_reason.name if self.stop_reason else None,
+            "options": dict(self.options),
+        }
+        files.write_bundle(Path(path), header, tensors)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Hierarchy:
+        """Read a file of :meth:`save`; all tensors are on the CPU.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a file of ``save``, damaged, or of a newer version.
+        """
+        header, tensors = files.read_bundle(Path(path), _FORMAT, _VERSION)
+        levels = [
+            Level(
+                Z=SparseColumns(tensors[f"indices.{i}"], tensors[f"values.{i}"], header["d"]).to_dense(),
+                Y=tensors[f"Y.{i}"],
+                **facts,
+            )
+            for i, facts in enumerate(header["levels"])
+        ]
+        return cls(
+            levels=tuple(levels),
+            neuron_scale=tensors.get("neuron_scale"),
+            loss_history=tuple(tensors["loss_history"].tolist()),
+            rejected=header["rejected"],
+            stop_reason=StopReason[header["stop_reason"]] if header["stop_reason"] else None,
+            options=header["options"],
+        )
+
+    def _number(self, level: int) -> int:
+        number = operator.index(level)
+        if not 0 <= number < len(self.levels):
+            raise ValueError(f"level: there are levels 0-{len(self.levels) - 1}, got {level}")
+        return number
+
+
+def fit_hierarchy(
+    A: Tensor | np.ndarray,
+    sizes: Sequence[int],
+    *,
+    keep: float | Sequence[float] = 0.01,
+    neuron_scale: str | None = "rms",
+    link_scale: str | None = None,
+    feature_norm: str = "unit",
+    link_penalty: float = 0.2,
+    joint: JointOptions | None = JointOptions(),  # noqa: B008  # frozen
+    base: Factorization | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    callback: Callable[[HierarchyState], Any] | None = None,
+    checkpoint: str | Path | None = None,
+    **options: Any,
+) -> Hierarchy:
+    """Factorises activations, then their features, and so on, and fine-tunes all levels together.
+
+    Level 0 is ``A ≈ Z_0 Y_0`` by :func:`snmf_kernels.fit`. Each next level is a fit of the features of the level
+    below, ``Z_l ≈ Z_{l+1} Y_{l+1}``, with winner-take-all on each Z (Shafran, Geiger & Geva, ACL 2026). Fine-tuning
+    then lowers the joint loss over all factors, with every Y non-negative and every Z within its sparsity at all
+    times; see :func:`snmf_interp.joint.finetune` for its steps.
+
+    Three defaults differ from the paper's recursion, which is ``feature_norm="energy", link_penalty=0,
+    joint=JointOptions("top")``: DEFAULTS_NOTE
+
+    Args:
+        A: activations ``[d, n]`` as for :func:`snmf_kernels.fit`: any strides and floating dtype.
+        sizes: features of each level, falling, such as ``[400, 200, 100, 50]``.
+        keep: fraction of neurons that a feature keeps; one number, or one for each level.
+        neuron_scale: ``"rms"`` divides each neuron by its root mean square before anything is fitted: the same scale on
+            every level, and in the joint loss. Z and ``relative_error`` are in the units of A all the same. None: as
+            they are. Not used with ``base``, whose scale it is.
+        feature_norm: how features weigh in the fit of the level above them. ``"unit"``: all alike, columns of Z at
+            unit norm. ``"energy"``: by what they do to the tokens, rows of Y at unit norm.
+        link_penalty: ``l1`` of the fits from level 1 on (see :func:`snmf_kernels.fit`): a feature hangs on a parent
+            only as far as its projection on it exceeds this share of a typical feature's norm. 0 for dense links.
+        joint: options of fine-tuning; None for the recursion alone.
+        base: a factorisation of A, to be level 0 instead of a fit.
+        seed: of the fits.
+        device: where to compute. Default: where A is.
+        dtype: torch.float32 or torch.float64 for Y_0 and the fits. Default: float64 for float64 A, else float32. All
+            that is not of size n is float64.
+        callback: called with a :class:`HierarchyState` after each iteration; returning True stops that stage.
+        checkpoint: a folder. Each finished level, and fine-tuning after each iteration, is written there; the same
+            call goes on from there, to the same result. The folder may be deleted when the call has returned.
+        options: of :func:`snmf_kernels.fit`, for the fits of all levels: ``solver``, ``refit``, ``sweeps``, ``init``
+            (by name), ``ridge``, ``max_iter``, ``tol``, ``patience``, ``backend``.
+
+    Returns:
+        A :class:`Hierarchy`; its tensors are where it was computed.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described, or the checkpoint is of another call.
+    """
+    wanted_sizes = _falling(sizes)
+    keeps = _keeps(keep, len(wanted_sizes))
+    if unknown := sorted(set(options) - set(_FIT_OPTIONS)):
+        raise TypeError(
+            f"{unknown[0]}: no option of fit_hierarchy; of fit it takes {', '.join(_FIT_OPTIONS)}"
+        )
+    if feature_norm not in ("unit", "energy"):
+        raise ValueError(f"feature_norm: wanted 'unit' or 'energy', got {feature_norm!r}")
+    if link_penalty and options.get("solver") == "mu":
+        raise ValueError(
+            "link_penalty: solver='mu' is the paper's iteration, which has none; give link_penalty=0"
+        )
+    matrix = _matrix(A)
+    matrix = matrix.to(matrix.device if device is None else device)
+    d, n = matrix.shape
+    working = dtype or (torch.float64 if matrix.dtype == torch.float64 else torch.float32)
+    if base is not None and (tuple(base.Z.shape), tuple(base.Y.shape)) != (
+        (d, wanted_sizes[0]),
+        (wanted_sizes[0], n),
+    ):
+        raise ValueError(
+            f"base: wanted a factorisation of A with {wanted_sizes[0]} features, Z {[d, wanted_sizes[0]]} and "
+            f"Y {[wanted_sizes[0], n]}, got {list(base.Z.shape)} and {list(base.Y.shape)}"
+        )
+    record = {
+        "sizes": wanted_sizes,
+        "keep": keeps,
+        "neuron_scale": neuron_scale if base is None else base.options.get("neuron_scale"),
+        "link_scale": link_scale,
+        "feature_norm": feature_norm,
+        "link_penalty": float(link_penalty),
+        "joint": dataclasses.asdict(joint) if joint else None,
+        "base": base is not None,
+        "seed": seed,
+        "dtype": str(working).removeprefix("torch."),
+        "backend": "auto",
+        **options,
+    }
+    energies = Tokens(matrix, None, working).energies
+    store = _Checkpoint(checkpoint, record, energies)
+
+    def fit_level(level: int, data: Tensor, **own: Any) -> Factorization:
+        there = store.read_level(level)
+        if there is not None:
+            return there
+        note = None if callback is None else functools.partial(_note_level, callback, level)
+        made = snmf_kernels.fit(
+            data,
+            wanted_sizes[level],
+            keep=keeps[level],
+            seed=seed,
+            dtype=working,
+            callback=note,
+            **own,
+            **options,
+        )
+        store.write_level(level, made)
+        return made
+
+    bottom = base or fit_level(0, matrix, neuron_scale=neuron_scale)
+    Z, Y = (torch.as_tensor(factor).to(matrix.device, working) for factor in (bottom.Z, bottom.Y))
+    scale = None if bottom.neuron_scale is None else torch.as_tensor(bottom.neuron_scale).to(Z)
+    features, coefficients = [Z if scale is None else Z / scale[:, None]], [Y]
+    # From the units of the fit to those in which features are factorised again.
+    units = torch.ones(d).to(Z) if scale is None or link_scale == "rms" else scale
+    for level in range(1, len(wanted_sizes)):
+        Z = features[-1] * units[:, None]
+        weights = 1 / _nonzero(Z.norm(dim=0)) if feature_norm == "unit" else coefficients[-1].norm(dim=1)
+        factors = fit_level(level, Z * weights, neuron_scale=None, l1=link_penalty)
+        features.append(torch.as_tensor(factors.Z).to(Z) / units[:, None])
+        coefficients.append(torch.as_tensor(factors.Y).to(Z) / _nonzero(weights))
+    tokens = Tokens(matrix, scale, working)
+    counts = [math.ceil(Fraction(repr(share)) * d) for share in keeps]
+    start = Levels(
+        tuple(ops.winner_take_all(Z.double(), count) for Z, count in zip(features, counts, strict=True)),
+        (coefficients[0], *(Y.double() for Y in coefficients[1:])),
+    )
+    products = tokens.products(start.Y[0])
+    start_losses = [_relative_loss(start, products, level, tokens) for level in range(len(counts))]
+    if joint is None:
+        return _result(start, products, tokens, keeps, start_losses, (), 0, None, record)
+
+    def note(state: JointIteration) -> Any:
+        store.write_joint(state)
+        if callback is None:
+            return None
+        n_iter = len(state.losses) - 1
+        return callback(HierarchyState("joint", n_iter, joint.max_iter, state.losses[-1] / joint_norm))
+
+    joint_norm = tokens.squared_norm * len(joint.counted(len(counts)))
+    state, products, stop_reason = finetune(
+        tokens, store.read_joint(matrix.device) or start, counts, joint, note
+    )
+    logger.debug("fine-tuning stopped after %d iterations: %s", len(state.losses) - 1, stop_reason)
+    losses = tuple(loss / joint_norm if joint_norm else 0.0 for loss in state.losses)
+    return _result(
+        state.levels, products, tokens, keeps, start_losses, losses, state.rejected, stop_reason, record
+    )
+
+
+def _note_level(callback: Callable[[HierarchyState], Any], level: int, state: IterationState) -> Any:
+    return callback(HierarchyState(f"level {level}", state.n_iter, state.max_iter, state.relative_error))
+
+
+def _result(
+    levels: Levels,
+    products: Products,
+    tokens: Tokens,
+    keeps: Sequence[float],
+    start_losses: Sequence[float],
+    losses: tuple[float, ...],
+    rejected: int,
+    stop_reason: StopReason | None,
+    record: Mapping[str, Any],
+) -> Hierarchy:
+    scale = tokens.scale
+    made = []
+    for number, (Z, Y) in enumerate(zip(levels.Z, levels.Y, strict=True)):
+        in_units = Z if scale is None else Z.scaled_rows(scale)
+        energy = float(tokens.energies.sum())
+        error = joint_loss(levels, products, [number], energy, scale)
+        made.append(
+            Level(
+                Z=in_units.to_dense().to(tokens.dtype),
+                Y=Y.to(tokens.dtype),
+                keep=keeps[number],
+                relative_error=error / energy if energy else 0.0,
+                relative_loss=_relative_loss(levels, products, number, tokens),
+                start_loss=start_losses[number],
+            )
+        )
+    return Hierarchy(
+        levels=tuple(made),
+        neuron_scale=None if scale is None else scale.to(tokens.dtype),
+        loss_history=losses,
+        rejected=rejected,
+        stop_reason=stop_reason,
+        options=record,
+    )
+
+
+def _relative_loss(levels: Levels, products: Products, level: int, tokens: Tokens) -> float:
+    loss = joint_loss(levels, products, [level], tokens.squared_norm)
+    return loss / tokens.squared_norm if tokens.squared_norm else 0.0
+
+
+class _Checkpoint:
+    """The folder of a fit that may be cut short; or none."""
+
+    def __init__(self, folder: str | Path | None, record: Mapping[str, Any], energies: Tensor) -> None:
+        """Raises ValueError if the folder holds the state of another call."""
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is None:
+            return
+        plan = self.folder / "plan.safetensors"
+        if plan.is_file():
+            header, tensors = files.read_bundle(plan, _CHECKPOINT, _VERSION)
+            there, energies = header["options"], energies.cpu()
+            differing = [name for name in {**there, **record} if there.get(name) != record.get(name)]
+            if differing:
+                name = differing[0]
+                raise ValueError(
+                    f"checkpoint: {self.folder} was begun with {name} = {there.get(name)}, not {record.get(name)}; "
+                    "give the same options, or another folder"
+                )
+            same = tensors["energies"].shape == energies.shape
+            if not same or not torch.allclose(tensors["energies"], energies, rtol=1e-6):
+                raise ValueError(
+                    f"checkpoint: {self.folder} was begun on other activations; give another folder"
+                )
+        else:
+            header = {"format": _CHECKPOINT, "version": _VERSION, "options": dict(record)}
+            files.write_bundle(plan, header, {"energies": energies})
+
+    def read_level(self, level: int) -> Factorization | None:
+        path = self._level(level)
+        return Factorization.load(path) if path is not None and path.is_file() else None
+
+    def write_level(self, level: int, factors: Factorization) -> None:
+        path = self._level(level)
+        if path is not None:
+            factors.save(path)
+
+    def read_joint(self, device: torch.device) -> JointIteration | None:
+        if self.folder is None or not self._joint.is_file():
+            return None
+        header, tensors = files.read_bundle(self._joint, _CHECKPOINT, _VERSION)
+        on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+        n_levels = len([name for name in tensors if name.startswith("Y.")])
+        return JointIteration(
+            Levels(
+                tuple(
+                    SparseColumns(on_device[f"indices.{i}"], on_device[f"values.{i}"], header["d"])
+                    for i in range(n_levels)
+                ),
+                tuple(on_device[f"Y.{i}"] for i in range(n_levels)),
+            ),
+            tuple(tensors["losses"].tolist()),
+            header["rejected"],
+        )
+
+    def write_joint(self, state: JointIteration) -> None:
+        if self.folder is None:
+            return
+        tensors = {"losses": torch.tensor(state.losses, dtype=torch.float64)}
+        for i, (Z, Y) in enumerate(zip(state.levels.Z, state.levels.Y, strict=True)):
+            tensors |= {f"indices.{i}": Z.indices, f"values.{i}": Z.values, f"Y.{i}": Y}
+        header = {
+            "format": _CHECKPOINT,
+            "version": _VERSION,
+            "d": state.levels.Z[0].d,
+            "rejected": state.rejected,
+        }
+        files.write_bundle(self._joint, header, tensors)
+
+    @property
+    def _joint(self) -> Path:
+        assert self.folder is not None
+        return self.folder / "joint.safetensors"
+
+    def _level(self, level: int) -> Path | None:
+        return None if self.folder is None else self.folder / f"level_{level}.safetensors"
+
+
+def _nonzero(norms: Tensor) -> Tensor:
+    """1 for what is zero."""
+    return torch.where(norms > 0, norms, 1)
+
+
+def _matrix(A: Any) -> Tensor:
+    if isinstance(A, np.ndarray):
+        with warnings.catch_warnings():
+            # A read-only array or memmap: nothing here writes to it.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            A = torch.from_numpy(A)
+    if not isinstance(A, Tensor):
+        raise TypeError(f"A: wanted a torch tensor or numpy array, got {type(A).__name__}")
+    if A.ndim != 2 or not A.is_floating_point():
+        raise ValueError(f"A: wanted a floating-point matrix [d, n], got {A.dtype} of shape {tuple(A.shape)}")
+    return A.detach()
+
+
+def _falling(sizes: Sequence[int]) -> list[int]:
+    found = [operator.index(k) for k in sizes]
+    if len(found) < 2 or found[-1] < 1 or any(b >= a for a, b in itertools.pairwise(found)):
+        raise ValueError(
+            "sizes: wanted two or more numbers of features, each smaller than the one before, such as "
+            f"[400, 200, 100]; got {found}"
+        )
+    return found
+
+
+def _keeps(keep: float | Sequence[float], n_levels: int) -> list[float]:
+    keeps = [float(keep)] * n_levels if isinstance(keep, int | float) else [float(share) for share in keep]
+    if len(keeps) != n_levels:
+        raise ValueError(f"keep: wanted one number, or one for each of {n_levels} levels, got {len(keeps)}")
+    if not all(0 < share <= 1 for share in keeps):
+        raise ValueError(f"keep: wanted fractions in (0, 1], got {keeps}")
+    return keeps

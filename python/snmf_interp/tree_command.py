@@ -1,0 +1,119 @@
+"""``snmf tree``: a hierarchy of a run's features, made or read, shown and exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from . import terminal
+
+if TYPE_CHECKING:
+    from .models import LanguageModel
+
+
+def tree(
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="The run's folder, made by snmf collect.")],
+    layer: Annotated[int, typer.Option(help="Which layer.")],
+    levels: Annotated[
+        str, typer.Option(help="Features of each level, finest first, such as 100,50,25.")
+    ] = "100,50,25",
+    keep: Annotated[float, typer.Option(help="Fraction of neurons that a feature keeps.")] = 0.01,
+    neuron_scale: Annotated[
+        str, typer.Option(help="rms divides each neuron by its RMS first; or none.")
+    ] = "rms",
+    joint: Annotated[
+        str,
+        typer.Option(
+            help="Fine-tuning: all (the losses of all levels count), top (the coarsest level's alone, as in the "
+            "paper) or none."
+        ),
+    ] = "all",
+    seed: Annotated[int, typer.Option(help="Of the fits.")] = 0,
+    threshold: Annotated[
+        float, typer.Option(help="Show links above this share of a child's strongest link.")
+    ] = 0.15,
+    most: Annotated[int, typer.Option(help="Children of a feature, at most.")] = 4,
+    top: Annotated[int, typer.Option(help="Features of the coarsest level to show, by energy; 0: all.")] = 10,
+    describe: Annotated[
+        bool, typer.Option("--describe/--bare", help="Say what features stand for (needs the model).")
+    ] = True,
+    export: Annotated[
+        list[Path] | None,
+        typer.Option(help="Write the whole graph to a .json, .graphml or .dot file; may be given again."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a hierarchy made with other options.")
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Where the model runs.", show_default="cuda when there is one, else cpu"),
+    ] = None,
+) -> None:
+    """Group a layer's features into a hierarchy and show it as a tree.
+
+    The finest level is the layer's factorisation where snmf fit has made one of that size and these options, else a
+    fit of its own. The hierarchy is kept in DIR/layer_N/tree; the same command shows it again, and goes on with one
+    that was cut short. A feature may have several parents: it is shown in full under the first.
+    """
+    from .runs import Run
+    from .trees import build_tree, export_format
+
+    if joint not in ("all", "top", "none"):
+        raise ValueError(f"--joint: wanted all, top or none, got {joint!r}")
+    if neuron_scale not in ("rms", "none"):
+        raise ValueError(f"--neuron-scale: wanted rms or none, got {neuron_scale!r}")
+    # Before anything is fitted: a name that cannot be written to, and levels that cannot be read.
+    for path in export or []:
+        export_format(path)
+    sizes = _sizes(levels)
+    opened = Run.open(run)
+    screen = terminal.console()
+    with terminal.waiting(f"fitting levels {levels}"):
+        hierarchy, record = opened.hierarchy(
+            layer,
+            sizes,
+            keep=keep,
+            neuron_scale=None if neuron_scale == "none" else neuron_scale,
+            joint=None if joint == "none" else joint,
+            seed=seed,
+            overwrite=overwrite,
+        )
+    source = " on the features of snmf fit" if record["base"] else ""
+    what = f"layer {layer}: levels of {', '.join(map(str, sizes))} features{source}"
+    terminal.done(screen, what, None if record["reused"] else record["seconds"])
+    for number, level in enumerate(hierarchy.levels):
+        line = f"  level {number}: {level.k} features, relative error {level.relative_error:.3f}"
+        screen.print(Text(line, style="dim"))
+    descriptions = None
+    if describe:
+        name = opened.config["model"]["name"]
+
+        def load() -> LanguageModel:
+            with terminal.waiting(f"loading {name}"):
+                return opened.load_model(device=device)
+
+        descriptions = opened.descriptions(layer, load)
+    graph = build_tree(hierarchy, threshold=threshold, most=most, descriptions=descriptions)
+    coarsest = [place for place in graph.roots if place[0] == len(sizes) - 1]
+    shown = coarsest[: top or None]
+    screen.print(graph.to_text(shown))
+    rest = [f"{len(coarsest) - len(shown)} more of level {len(sizes) - 1} (--top 0 shows all)"] * (
+        len(shown) < len(coarsest)
+    )
+    orphans = len(graph.roots) - len(coarsest)
+    rest += [f"{orphans} feature{'s'[: orphans != 1]} without a parent"] * (orphans > 0)
+    if rest:
+        screen.print(Text(f"\nnot shown: {'; '.join(rest)}", style="dim"))
+    for path in export or []:
+        graph.write(path)
+        screen.print(Text(f"written: {path}", style="dim"), soft_wrap=True)
+
+
+def _sizes(levels: str) -> list[int]:
+    try:
+        return [int(part) for part in levels.split(",")]
+    except ValueError:
+        raise ValueError(f"--levels: wanted falling numbers such as 100,50,25, got {levels!r}") from None
