@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .steering import Intervention, steer
     from .store import ActivationStore
     from .strengths import Strength, solve_strength, solve_strengths
+    from .supports import Overlap, overlap
     from .texts import Sample, read_texts
     from .trees import Description, Tree, build_tree, describe_levels
 
@@ -106,6 +107,7 @@ _HOMES = {
     "LocalModel": "llm",
     "OpenAIModel": "llm",
     "Overlap": "overlap",
+    "Overlap": "supports",
     "Qualification": "judging",
     "Sample": "texts",
     "SentenceDetection": "sentences",
@@ -123,7 +125,7 @@ _HOMES = {
     "judge": "judging",
     "label_features": "labels",
     "load_model": "models",
-    "overlap": "overlap",
+    "overlap": "supports",
     "permuted_labels": "evaluation",
     "qualify": "judging",
     "random_directions": "evaluation",

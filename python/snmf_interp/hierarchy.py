@@ -219,7 +219,6 @@ def fit_hierarchy(
     *,
     keep: float | Sequence[float] = 0.01,
     neuron_scale: str | None = "rms",
-    link_scale: str | None = None,
     feature_norm: str = "unit",
     link_penalty: float = 0.2,
     joint: JointOptions | None = JointOptions(),  # noqa: B008  # frozen
@@ -278,6 +277,8 @@ def fit_hierarchy(
         )
     if feature_norm not in ("unit", "energy"):
         raise ValueError(f"feature_norm: wanted 'unit' or 'energy', got {feature_norm!r}")
+    if not link_penalty >= 0:
+        raise ValueError(f"link_penalty: wanted a number >= 0, got {link_penalty}")
     if link_penalty and options.get("solver") == "mu":
         raise ValueError(
             "link_penalty: solver='mu' is the paper's iteration, which has none; give link_penalty=0"
@@ -298,7 +299,6 @@ def fit_hierarchy(
         "sizes": wanted_sizes,
         "keep": keeps,
         "neuron_scale": neuron_scale if base is None else base.options.get("neuron_scale"),
-        "link_scale": link_scale,
         "feature_norm": feature_norm,
         "link_penalty": float(link_penalty),
         "joint": dataclasses.asdict(joint) if joint else None,
@@ -333,13 +333,11 @@ def fit_hierarchy(
     Z, Y = (torch.as_tensor(factor).to(matrix.device, working) for factor in (bottom.Z, bottom.Y))
     scale = None if bottom.neuron_scale is None else torch.as_tensor(bottom.neuron_scale).to(Z)
     features, coefficients = [Z if scale is None else Z / scale[:, None]], [Y]
-    # From the units of the fit to those in which features are factorised again.
-    units = torch.ones(d).to(Z) if scale is None or link_scale == "rms" else scale
     for level in range(1, len(wanted_sizes)):
-        Z = features[-1] * units[:, None]
+        Z = features[-1]
         weights = 1 / _nonzero(Z.norm(dim=0)) if feature_norm == "unit" else coefficients[-1].norm(dim=1)
         factors = fit_level(level, Z * weights, neuron_scale=None, l1=link_penalty)
-        features.append(torch.as_tensor(factors.Z).to(Z) / units[:, None])
+        features.append(torch.as_tensor(factors.Z).to(Z))
         coefficients.append(torch.as_tensor(factors.Y).to(Z) / _nonzero(weights))
     tokens = Tokens(matrix, scale, working)
     counts = [math.ceil(Fraction(repr(share)) * d) for share in keeps]

@@ -100,13 +100,14 @@ def tree(
     coarsest = [place for place in graph.roots if place[0] == len(sizes) - 1]
     shown = coarsest[: top or None]
     screen.print(graph.to_text(shown))
+    screen.print(Text("\n% of its siblings' weights; ↑: its children are shown above", style="dim"))
     rest = [f"{len(coarsest) - len(shown)} more of level {len(sizes) - 1} (--top 0 shows all)"] * (
         len(shown) < len(coarsest)
     )
     orphans = len(graph.roots) - len(coarsest)
     rest += [f"{orphans} feature{'s'[: orphans != 1]} without a parent"] * (orphans > 0)
     if rest:
-        screen.print(Text(f"\nnot shown: {'; '.join(rest)}", style="dim"))
+        screen.print(Text(f"not shown: {'; '.join(rest)}", style="dim"))
     for path in export or []:
         graph.write(path)
         screen.print(Text(f"written: {path}", style="dim"), soft_wrap=True)

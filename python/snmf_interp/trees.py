@@ -187,11 +187,13 @@ class Tree:
         }
         for parent, child, weight in self.links():
             width = 0.5 + 2.5 * weight / strongest[parent.name] if strongest[parent.name] else 0.5
-            lines.append(f'  "{parent.name}" -> "{child.name}" [weight={weight:.6g}, penwidth={width:.2f}];')
+            lines.append(f'  "{parent.name}" -> "{child.name}" [link={weight:.6g}, penwidth={width:.2f}];')
         return "\n".join([*lines, "}"]) + "\n"
 
     def to_text(self, roots: Sequence[Place] | None = None) -> TextTree:
-        """For a terminal. A child of several parents is shown in full under the first, then by name only.
+        """For a terminal, with each child's share in the weights of its siblings.
+
+        A child of several parents is shown with its own children under the first, then with an arrow only.
 
         Args:
             roots: where to begin; by default every root of the coarsest level.
@@ -207,6 +209,8 @@ class Tree:
         def add(branch: TextTree, place: Place, weight: float | None) -> None:
             node = self.nodes[place]
             line = Text.assemble((node.name, "bold"), overflow="ellipsis", no_wrap=True)
+            if place in shown:
+                line.append(" ↑")
             if weight is not None:
                 line.append(f" {weight:.0%}", style="dim")
             if node.description is not None:
@@ -217,7 +221,6 @@ class Tree:
                 words = ", ".join(visible(word) or "␣" for word in node.description.words[:_SHOWN])
                 line.append(f"  {words}", style="green")
             if place in shown:
-                line.append("  ↑ shown above" if node.children else "  ↑", style="dim")
                 branch.add(line)
                 return
             shown.add(place)
