@@ -237,16 +237,35 @@ def fit_hierarchy(
     then lowers the joint loss over all factors, with every Y non-negative and every Z within its sparsity at all
     times; see :func:`snmf_interp.joint.finetune` for its steps.
 
-    Three defaults differ from the paper's recursion, which is ``feature_norm="energy", link_penalty=0,
-    joint=JointOptions("top")``: DEFAULTS_NOTE
+    Three defaults differ from the paper, whose hierarchy is ``feature_norm="energy", link_penalty=0,
+    joint=JointOptions("top")``. On the bundled models' activations (levels of 400, 200, 100 and 50 features), the mean
+    over 206 labelled concepts of the best feature's average precision, by level:
+
+    ==================================  =======================  =======================
+    setting                             SmolLM2, layer 10        Gemma 3, layer 8
+    ==================================  =======================  =======================
+    no hierarchy: four fits of A        .237 .193 .145 .117      .269 .243 .172 .119
+    the default                         .236 .193 .138 .099      .264 .207 .156 .103
+    … without fine-tuning               .237 .193 .149 .114      .269 .206 .165 .113
+    … fine-tuned for ``"top"``          .170 .142 .127 .104      .172 .137 .118 .098
+    … and ``link_penalty=0``            .236 .118 .058 .038      .273 .180 .078 .032
+    the paper's                         .203 .109 .074 .045      .257 .174 .116 .073
+    ==================================  =======================  =======================
+
+    The penalty keeps features from hanging on every parent a little, which makes a level's effective coefficients
+    all alike. The loss of the top level alone does not need the levels below to stand for anything: any non-negative
+    C_L is a product of such factors. Their own losses rise (at layer 10 from 0.63 to 0.90 at level 0), while
+    fine-tuning for all levels lowers those of the upper ones (from 1.15, 1.11, 1.04 to 0.81, 0.91, 0.95) and keeps
+    the first.
 
     Args:
         A: activations ``[d, n]`` as for :func:`snmf_kernels.fit`: any strides and floating dtype.
         sizes: features of each level, falling, such as ``[400, 200, 100, 50]``.
         keep: fraction of neurons that a feature keeps; one number, or one for each level.
-        neuron_scale: ``"rms"`` divides each neuron by its root mean square before anything is fitted: the same scale on
-            every level, and in the joint loss. Z and ``relative_error`` are in the units of A all the same. None: as
-            they are. Not used with ``base``, whose scale it is.
+        neuron_scale: ``"rms"`` divides each neuron by its root mean square on the tokens before anything is fitted:
+            this one scale on every level, and in the joint loss. Z and ``relative_error`` are in the units of A all the
+            same. None: as they are; features then share more neurons, the loud ones (see :func:`snmf_interp.overlap`).
+            With ``base``, its scale is used.
         feature_norm: how features weigh in the fit of the level above them. ``"unit"``: all alike, columns of Z at
             unit norm. ``"energy"``: by what they do to the tokens, rows of Y at unit norm.
         link_penalty: ``l1`` of the fits from level 1 on (see :func:`snmf_kernels.fit`): a feature hangs on a parent
