@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import logging
 import math
@@ -271,7 +272,7 @@ def fit_hierarchy(
         link_penalty: ``l1`` of the fits from level 1 on (see :func:`snmf_kernels.fit`): a feature hangs on a parent
             only as far as its projection on it exceeds this share of a typical feature's norm. 0 for dense links.
         joint: options of fine-tuning; None for the recursion alone.
-        base: a factorisation of A, to be level 0 instead of a fit.
+        base: a factorisation of A with the same ``keep``, to be level 0 instead of a fit.
         seed: of the fits.
         device: where to compute. Default: where A is.
         dtype: torch.float32 or torch.float64 for Y_0 and the fits. Default: float64 for float64 A, else float32. All
@@ -283,7 +284,7 @@ def fit_hierarchy(
             (by name), ``ridge``, ``max_iter``, ``tol``, ``patience``, ``backend``.
 
     Returns:
-        A :class:`Hierarchy`; its tensors are where it was computed.
+        A :class:`Hierarchy` of torch tensors, on the device of the computation.
 
     Raises:
         TypeError, ValueError: an argument is not as described, or the checkpoint is of another call.
@@ -306,14 +307,12 @@ def fit_hierarchy(
     matrix = matrix.to(matrix.device if device is None else device)
     d, n = matrix.shape
     working = dtype or (torch.float64 if matrix.dtype == torch.float64 else torch.float32)
-    if base is not None and (tuple(base.Z.shape), tuple(base.Y.shape)) != (
-        (d, wanted_sizes[0]),
-        (wanted_sizes[0], n),
-    ):
-        raise ValueError(
-            f"base: wanted a factorisation of A with {wanted_sizes[0]} features, Z {[d, wanted_sizes[0]]} and "
-            f"Y {[wanted_sizes[0], n]}, got {list(base.Z.shape)} and {list(base.Y.shape)}"
-        )
+    counts = [math.ceil(Fraction(repr(share)) * d) for share in keeps]
+    if base is not None:
+        _check_base(base, d, n, wanted_sizes[0], counts[0])
+    energies = Tokens(matrix, None, working).energies
+    if not bool(energies.isfinite().all()):
+        raise ValueError("A: wanted finite values, got NaN, infinite or too large ones")
     record = {
         "sizes": wanted_sizes,
         "keep": keeps,
@@ -321,13 +320,12 @@ def fit_hierarchy(
         "feature_norm": feature_norm,
         "link_penalty": float(link_penalty),
         "joint": dataclasses.asdict(joint) if joint else None,
-        "base": base is not None,
+        "base": None if base is None else _digest(base),
         "seed": seed,
         "dtype": str(working).removeprefix("torch."),
         "backend": "auto",
         **options,
     }
-    energies = Tokens(matrix, None, working).energies
     store = _Checkpoint(checkpoint, record, energies)
 
     def fit_level(level: int, data: Tensor, **own: Any) -> Factorization:
@@ -359,7 +357,6 @@ def fit_hierarchy(
         features.append(torch.as_tensor(factors.Z).to(Z))
         coefficients.append(torch.as_tensor(factors.Y).to(Z) / _nonzero(weights))
     tokens = Tokens(matrix, scale, working)
-    counts = [math.ceil(Fraction(repr(share)) * d) for share in keeps]
     start = Levels(
         tuple(ops.winner_take_all(Z.double(), count) for Z, count in zip(features, counts, strict=True)),
         (coefficients[0], *(Y.double() for Y in coefficients[1:])),
@@ -385,6 +382,28 @@ def fit_hierarchy(
     return _result(
         state.levels, products, tokens, keeps, start_losses, losses, state.rejected, stop_reason, record
     )
+
+
+def _check_base(base: Factorization, d: int, n: int, k: int, count: int) -> None:
+    if (tuple(base.Z.shape), tuple(base.Y.shape)) != ((d, k), (k, n)):
+        raise ValueError(
+            f"base: wanted a factorisation of A with {k} features, Z {[d, k]} and Y {[k, n]}, got "
+            f"{list(base.Z.shape)} and {list(base.Y.shape)}"
+        )
+    fullest = int((torch.as_tensor(base.Z) != 0).sum(0).max())
+    if fullest > count:
+        raise ValueError(
+            f"base: wanted at most {count} neurons in a feature, as keep has it, got {fullest}; "
+            "give the keep that it was fitted with"
+        )
+
+
+def _digest(base: Factorization) -> str:
+    """What tells one factorisation from another, for a checkpoint."""
+    digest = hashlib.sha256()
+    for factor in (base.Z, base.Y):
+        digest.update(torch.as_tensor(factor).cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _note_level(callback: Callable[[HierarchyState], Any], level: int, state: IterationState) -> Any:

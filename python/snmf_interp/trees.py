@@ -36,21 +36,24 @@ class Description:
         label: a name for it, if there is one, and how well it fits, 0 to 1.
         score: see ``label``.
         lens: the tokens that it makes likelier than other features do.
+        contexts: its strongest tokens, strongest first, as text before, token, and text after.
     """
 
     words: tuple[str, ...]
     label: str | None = None
     score: float | None = None
     lens: tuple[str, ...] = ()
+    contexts: tuple[tuple[str, str, str], ...] = ()
 
     @classmethod
-    def of(cls, feature: Feature) -> Description:
+    def of(cls, feature: Feature, contexts: int = 5) -> Description:
         """From a described feature: its best concept is the label, the average precision the score."""
         return cls(
             words=tuple(word for word, _ in feature.words),
             label=feature.concept,
             score=feature.concept_precision if feature.concept is not None else None,
             lens=tuple(word for word, _ in feature.distinctive),
+            contexts=tuple((token.before, token.token, token.after) for token in feature.tokens[:contexts]),
         )
 
 
@@ -162,7 +165,8 @@ class Tree:
             element = _element(graph, "node", id=node.name)
             values = {"level": node.level, "index": node.index, "energy": node.energy}
             for name, value in (values | _described(node.description)).items():
-                if value is not None:
+                # Contexts are for JSON: a graph's tools show attributes in a column each.
+                if value is not None and name != "contexts":
                     text = ", ".join(map(visible, value)) if isinstance(value, list) else visible(str(value))
                     _element(element, "data", key=name).text = text
         for parent, child, weight in self.links():
@@ -348,14 +352,19 @@ def read_descriptions(path: Path) -> dict[Place, Description]:
     Raises:
         ValueError: the file is damaged, or of another format.
     """
+    content = files.read_versioned(path, 1)
     try:
         return {
             (row["level"], row["index"]): Description(
-                tuple(row["words"]), row["label"], row["score"], tuple(row["lens"])
+                tuple(row["words"]),
+                row["label"],
+                row["score"],
+                tuple(row["lens"]),
+                tuple((before, token, after) for before, token, after in row["contexts"]),
             )
-            for row in files.read_versioned(path, 1)["descriptions"]
+            for row in content["descriptions"]
         }
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it to have it written again") from error
 
 
@@ -367,6 +376,7 @@ def _described(description: Description | None) -> dict[str, Any]:
         "score": description.score,
         "words": list(description.words),
         "lens": list(description.lens),
+        "contexts": [list(context) for context in description.contexts],
     }
 
 

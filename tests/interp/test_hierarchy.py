@@ -297,6 +297,8 @@ class TestFit:
         assert_equal(with_base, fit_hierarchy(A, [10, 3], keep=KEEP), options=False)
         with pytest.raises(ValueError, match="base: wanted a factorisation of A with 9 features"):
             fit_hierarchy(A, [9, 3], keep=KEEP, base=base)
+        with pytest.raises(ValueError, match="at most 3 neurons in a feature, as keep has it, got 6"):
+            fit_hierarchy(A, [10, 3], keep=KEEP / 2, base=base)
 
     def test_callback_is_told_of_every_stage_and_can_stop_it(self) -> None:
         states: list[HierarchyState] = []
@@ -327,6 +329,7 @@ class TestFit:
             ({"feature_norm": "loud"}, ValueError, "feature_norm: wanted"),
             ({"link_penalty": -1.0}, ValueError, "link_penalty: wanted"),
             ({"solver": "mu"}, ValueError, "link_penalty: solver='mu'"),
+            ({"A": torch.full((9, 9), torch.nan)}, ValueError, "A: wanted finite values"),
             ({"A": torch.zeros(3)}, ValueError, "A: wanted a floating-point matrix"),
             ({"A": [[1.0]]}, TypeError, "A: wanted a torch tensor"),
         ],
@@ -380,6 +383,10 @@ class TestCheckpoint:
             fit_hierarchy(A, [8, 4], checkpoint=tmp_path, **self.OPTIONS)
         with pytest.raises(ValueError, match="was begun on other activations"):
             fit_hierarchy(data(seed=1), [8, 3], checkpoint=tmp_path, **self.OPTIONS)
+        with pytest.raises(ValueError, match="was begun with base = None"):
+            fit_hierarchy(
+                A, [8, 3], checkpoint=tmp_path, base=snmf_kernels.fit(A, 8, keep=KEEP), **self.OPTIONS
+            )
         with pytest.raises(ValueError, match="was begun on other activations"):
             fit_hierarchy(data(d=50), [8, 3], checkpoint=tmp_path, **self.OPTIONS)
 

@@ -89,7 +89,7 @@ class TestTree:
 
 def described() -> Tree:
     texts = {
-        (2, 0): Description(("day", NASTY), NASTY, 0.5, (NASTY,)),
+        (2, 0): Description(("day", NASTY), NASTY, 0.5, (NASTY,), (("on ", NASTY, ""),)),
         (0, 1): Description(("Monday", " ", ""), None, None),
     }
     return build_tree(by_hand(), descriptions=texts)
@@ -242,7 +242,7 @@ class TestRun:
         assert re.search(r"^2/\d .*\n[├└]── 1/\d ", result.stdout, re.MULTILINE)
         content = json.loads(exports[0].read_text())
         assert content["sizes"] == [6, 3, 2]
-        assert all(node["words"] for node in content["nodes"])
+        assert all(node["words"] and node["contexts"][0][1] for node in content["nodes"])
         assert any(node["label"] in ("days", "colours", "weather") for node in content["nodes"])
         assert all(path.is_file() for path in exports)
         folder = run / "layer_2" / "tree"
@@ -338,5 +338,7 @@ def test_description_of_a_feature() -> None:
         n_neurons=2, n_active=1, active_share=0.1, energy=0.2, distinct_tokens=1.0, concept="days",
         concept_precision=0.75, clarity=0.75,
     )  # fmt: skip
-    assert Description.of(feature) == Description(("Monday",), "days", 0.75, (" Friday",))
+    assert Description.of(feature) == Description(
+        ("Monday",), "days", 0.75, (" Friday",), (("on ", "Monday", " we"),)
+    )
     assert Description.of(dataclasses.replace(feature, concept=None)).score is None
