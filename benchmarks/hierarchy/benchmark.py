@@ -41,8 +41,8 @@ from snmf_kernels import ops  # noqa: E402
 
 CASES = [("smollm2-135m", layer, "top") for layer in (10, 29, 0)] + [("smollm2-135m", 10, "all")]
 SIZES = [400, 200, 100, 50]
-RATES = [1e-2, 3e-2, 1e-1]
-ITERATIONS = 40
+RATES = [3e-2, 1e-1, 3e-1]
+ITERATIONS = 80
 # The share of Adam's gain that counts as near its best loss.
 NEAR = 0.95
 

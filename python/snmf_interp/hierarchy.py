@@ -307,7 +307,7 @@ def fit_hierarchy(
     matrix = matrix.to(matrix.device if device is None else device)
     d, n = matrix.shape
     working = dtype or (torch.float64 if matrix.dtype == torch.float64 else torch.float32)
-    counts = [math.ceil(Fraction(repr(share)) * d) for share in keeps]
+    counts = [_count(share, d) for share in keeps]
     if base is not None:
         _check_base(base, d, n, wanted_sizes[0], counts[0])
     energies = Tokens(matrix, None, working).energies
@@ -328,39 +328,8 @@ def fit_hierarchy(
     }
     store = _Checkpoint(checkpoint, record, energies)
 
-    def fit_level(level: int, data: Tensor, **own: Any) -> Factorization:
-        there = store.read_level(level)
-        if there is not None:
-            return there
-        note = None if callback is None else functools.partial(_note_level, callback, level)
-        made = snmf_kernels.fit(
-            data,
-            wanted_sizes[level],
-            keep=keeps[level],
-            seed=seed,
-            dtype=working,
-            callback=note,
-            **own,
-            **options,
-        )
-        store.write_level(level, made)
-        return made
-
-    bottom = base or fit_level(0, matrix, neuron_scale=neuron_scale)
-    Z, Y = (torch.as_tensor(factor).to(matrix.device, working) for factor in (bottom.Z, bottom.Y))
-    scale = None if bottom.neuron_scale is None else torch.as_tensor(bottom.neuron_scale).to(Z)
-    features, coefficients = [Z if scale is None else Z / scale[:, None]], [Y]
-    for level in range(1, len(wanted_sizes)):
-        Z = features[-1]
-        weights = 1 / _nonzero(Z.norm(dim=0)) if feature_norm == "unit" else coefficients[-1].norm(dim=1)
-        factors = fit_level(level, Z * weights, neuron_scale=None, l1=link_penalty)
-        features.append(torch.as_tensor(factors.Z).to(Z))
-        coefficients.append(torch.as_tensor(factors.Y).to(Z) / _nonzero(weights))
+    start, scale = _recursion(matrix, record, options, base, store, callback, working)
     tokens = Tokens(matrix, scale, working)
-    start = Levels(
-        tuple(ops.winner_take_all(Z.double(), count) for Z, count in zip(features, counts, strict=True)),
-        (coefficients[0], *(Y.double() for Y in coefficients[1:])),
-    )
     products = tokens.products(start.Y[0])
     start_losses = [_relative_loss(start, products, level, tokens) for level in range(len(counts))]
     if joint is None:
@@ -382,6 +351,45 @@ def fit_hierarchy(
     return _result(
         state.levels, products, tokens, keeps, start_losses, losses, state.rejected, stop_reason, record
     )
+
+
+def _recursion(
+    matrix: Tensor,
+    record: Mapping[str, Any],
+    options: Mapping[str, Any],
+    base: Factorization | None,
+    store: _Checkpoint,
+    callback: Callable[[HierarchyState], Any] | None,
+    dtype: torch.dtype,
+) -> tuple[Levels, Tensor | None]:
+    """The fits of all levels, in the units of the fit of level 0, and the scale of those units."""
+    sizes, keeps = record["sizes"], record["keep"]
+
+    def fit_level(level: int, data: Tensor, **own: Any) -> Factorization:
+        there = store.read_level(level)
+        if there is not None:
+            return there
+        note = None if callback is None else functools.partial(_note_level, callback, level)
+        common = {"keep": keeps[level], "seed": record["seed"], "dtype": dtype, "callback": note, **options}
+        made = snmf_kernels.fit(data, sizes[level], **common, **own)
+        store.write_level(level, made)
+        return made
+
+    bottom = base or fit_level(0, matrix, neuron_scale=record["neuron_scale"])
+    Z, Y = (torch.as_tensor(factor).to(matrix.device, dtype) for factor in (bottom.Z, bottom.Y))
+    scale = None if bottom.neuron_scale is None else torch.as_tensor(bottom.neuron_scale).to(Z)
+    features, coefficients = [Z if scale is None else Z / scale[:, None]], [Y]
+    for level in range(1, len(sizes)):
+        Z, Y = features[-1], coefficients[-1]
+        weights = 1 / _nonzero(Z.norm(dim=0)) if record["feature_norm"] == "unit" else Y.norm(dim=1)
+        factors = fit_level(level, Z * weights, neuron_scale=None, l1=record["link_penalty"])
+        features.append(torch.as_tensor(factors.Z).to(Z))
+        coefficients.append(torch.as_tensor(factors.Y).to(Z) / _nonzero(weights))
+    sparse = (
+        ops.winner_take_all(Z.double(), _count(keep, Z.shape[0]))
+        for Z, keep in zip(features, keeps, strict=True)
+    )
+    return Levels(tuple(sparse), (coefficients[0], *(Y.double() for Y in coefficients[1:]))), scale
 
 
 def _check_base(base: Factorization, d: int, n: int, k: int, count: int) -> None:
@@ -528,6 +536,11 @@ class _Checkpoint:
 
     def _level(self, level: int) -> Path | None:
         return None if self.folder is None else self.folder / f"level_{level}.safetensors"
+
+
+def _count(keep: float, d: int) -> int:
+    """``ceil(keep·d)`` of the decimal fraction that was written."""
+    return math.ceil(Fraction(repr(keep)) * d)
 
 
 def _nonzero(norms: Tensor) -> Tensor:
