@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     )
     from .features import Feature, describe
     from .generation import Continuation, generate
-    from .hierarchy import Hierarchy, HierarchyState, Level, fit_hierarchy
+    from .hierarchy import HierarchyState, fit_hierarchy
     from .joint import JointOptions
     from .judging import Judgement, Qualification, judge, qualify
     from .labels import Label, label_features
+    from .levels import Hierarchy, Level
     from .llm import LocalModel, OpenAIModel
     from .models import LanguageModel, load_model
-    from .overlap import Overlap, overlap
     from .sentences import SentenceDetection, detect_sentences, write_sentences
     from .steering import Intervention, steer
     from .store import ActivationStore
@@ -96,17 +96,16 @@ _HOMES = {
     "Description": "trees",
     "Detection": "evaluation",
     "Feature": "features",
-    "Hierarchy": "hierarchy",
+    "Hierarchy": "levels",
     "HierarchyState": "hierarchy",
     "Intervention": "steering",
     "JointOptions": "joint",
     "Judgement": "judging",
     "Label": "labels",
     "LanguageModel": "models",
-    "Level": "hierarchy",
+    "Level": "levels",
     "LocalModel": "llm",
     "OpenAIModel": "llm",
-    "Overlap": "overlap",
     "Overlap": "supports",
     "Qualification": "judging",
     "Sample": "texts",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import snmf_kernels
 
     from .features import Feature
-    from .hierarchy import Hierarchy
+    from .levels import Hierarchy
     from .models import LanguageModel
     from .store import ActivationStore
     from .texts import Sample
@@ -298,8 +298,9 @@ class Run:
         Raises:
             ValueError: the layer was not collected, or has a hierarchy of other options and ``overwrite`` is not set.
         """
-        from .hierarchy import Hierarchy, fit_hierarchy
+        from .hierarchy import fit_hierarchy
         from .joint import JointOptions
+        from .levels import Hierarchy
 
         if layer not in self.layers:
             raise ValueError(
@@ -376,7 +377,7 @@ class Run:
             FileNotFoundError: there is no hierarchy.
             ValueError: the model's weights are not those that the run was collected from.
         """
-        from .hierarchy import Hierarchy
+        from .levels import Hierarchy
         from .trees import describe_levels, read_descriptions, write_descriptions
 
         path = self._tree(layer) / "descriptions.json"

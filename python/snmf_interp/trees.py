@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.tree import Tree as TextTree
 
     from .features import Feature
-    from .hierarchy import Hierarchy
+    from .levels import Hierarchy
     from .models import LanguageModel
     from .store import ActivationStore
 

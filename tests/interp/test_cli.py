@@ -207,7 +207,7 @@ class TestProcess:
         # Generous: it takes 0.2 s when nothing else runs, and loading torch alone takes longer than this
         # under load.
         assert time.perf_counter() - started < 10
-        for command in ("collect", "fit", "features", "label", "steer", "demo", "doctor"):
+        for command in ("collect", "fit", "features", "label", "steer", "tree", "demo", "doctor"):
             assert command in shown.stdout
             one = self.run(command, "--help")
             assert one.returncode == 0

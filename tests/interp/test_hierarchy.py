@@ -453,7 +453,7 @@ class TestHierarchy:
     def test_a_newer_file_is_refused(
         self, fitted: tuple[Tensor, Hierarchy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("snmf_interp.hierarchy._VERSION", 2)
+        monkeypatch.setattr("snmf_interp.levels._VERSION", 2)
         fitted[1].save(tmp_path / "h")
         monkeypatch.undo()
         with pytest.raises(ValueError, match="has version 2, this package reads up to 1; upgrade it"):

@@ -26,7 +26,7 @@ from snmf_interp import (
 )
 from snmf_interp import hierarchy as hierarchy_module
 from snmf_interp.cli import app
-from snmf_interp.hierarchy import Level
+from snmf_interp.levels import Level
 from snmf_interp.runs import Run
 
 Maker = Callable[..., LanguageModel]
