@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -296,9 +296,25 @@ class DataMatrix:
         )
 
 
-def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Keeps a surrounding ``torch.autocast`` from rounding the solver's products."""
-    return torch.autocast(device.type, enabled=False)
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Keeps a surrounding ``torch.autocast``, and torch's setting for TF32, from rounding the solver's products.
+
+    The latter is one for the whole process, and is put back.
+    """
+    matmul = torch.backends.cuda.matmul
+    # Since 2.9 torch has a new name for it, and refuses a mixture of both.
+    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda" or getattr(matmul, name) == exact:
+            yield
+            return
+        before = getattr(matmul, name)
+        setattr(matmul, name, exact)
+        try:
+            yield
+        finally:
+            setattr(matmul, name, before)
 
 
 def precise_dtype(device: torch.device) -> torch.dtype:

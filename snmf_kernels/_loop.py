@@ -12,11 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ._backends import Kernels
 from ._data import precise_dtype
 from ._monitor import Monitor
 from ._problem import Problem
 from ._steps import Steps
-from .reference import copy_if, escalated_ridge
+from .reference import escalated_ridge
 from .sparse import PassResult, SparseColumns
 
 EPS = 1e-6  # the paper's constant in the denominator of the multiplicative update
@@ -63,7 +64,7 @@ class PaperIterations:
         self.monitor = monitor
         self._problem, self._sweeps, self._steps = problem, sweeps, steps
         self._state = steps.state(Y=Y, YYt=problem.data.gram_of_coefficients(Y))
-        self._best = _Best(Y)
+        self._best = _Best(Y, problem.data.kernels)
         self._spare: Tensor | None = None
 
     def advance(self) -> None:
@@ -131,7 +132,7 @@ class FastIterations:
         self._problem, self._sweeps, self._steps = problem, sweeps, steps
         self._schedule = _Schedule(refit, monitor)
         self._state = steps.state(Y=Y, YYt=problem.data.gram_of_coefficients(Y))
-        self._best = _Best(Y)
+        self._best = _Best(Y, problem.data.kernels)
         # Which features a token uses cannot be found again from Z, as the optimum over all of them can.
         self._keeps_Y = 0 < problem.max_active < len(Y)
 
@@ -217,7 +218,8 @@ class FastIterations:
 class _Best:
     """The smallest loss so far, and the factors that have it."""
 
-    def __init__(self, Y: Tensor) -> None:
+    def __init__(self, Y: Tensor, kernels: Kernels) -> None:
+        self._copy_if = kernels.copy_if
         self.Z: SparseColumns | None = None
         self.Y: Tensor | None = None
         self._loss = torch.full((), math.inf, dtype=precise_dtype(Y.device), device=Y.device)
@@ -234,10 +236,10 @@ class _Best:
             self.Z = SparseColumns(Z.indices.clone(), Z.values.clone(), Z.d)
             self.Y = None if Y is None else Y.clone()
             return
-        copy_if(better, Z.indices, self.Z.indices)
-        copy_if(better, Z.values, self.Z.values)
+        self._copy_if(better, Z.indices, self.Z.indices)
+        self._copy_if(better, Z.values, self.Z.values)
         if Y is not None and self.Y is not None:
-            copy_if(better, Y, self.Y)
+            self._copy_if(better, Y, self.Y)
 
 
 class _Schedule:

@@ -221,7 +221,9 @@ class Task:
     ) -> None:
         self._problem, self._options, self._as_numpy = problem, options, as_numpy
         data = problem.data
-        steps = Steps(data.device, recordable=data.kernels.recordable)
+        steps = Steps(data.device, recordable=data.kernels.recordable and not problem.max_active)
+        if data.device.type != "cpu":
+            Y = _with_aligned_rows(Y)
         self._iterations: Iterations
         if options.solver == "mu":
             self._iterations = PaperIterations(problem, Y, monitor, options.sweeps, steps)
@@ -245,6 +247,15 @@ class Task:
             monitor = self._iterations.monitor
             logger.debug("fit stopped after %d iterations: %s", monitor.n_iter, monitor.stop_reason)
             return _result(self._problem, Z, Y, measured, monitor, self._options, as_numpy=self._as_numpy)
+
+
+def _with_aligned_rows(Y: Tensor) -> Tensor:
+    """Y at rows that begin on multiples of 16 elements, as wide loads of a GPU need them."""
+    k, n = Y.shape
+    width = -(-n // 16) * 16
+    if width == n:
+        return Y
+    return Y.new_empty(k, width)[:, :n].copy_(Y)
 
 
 def prepare(
@@ -443,7 +454,7 @@ def _result(
 
     return Factorization(
         Z=give(Z),
-        Y=give(Y),
+        Y=give(Y.contiguous()),
         relative_error=relative(float(measured.residual), float(measured.data)),
         loss_history=tuple(monitor.losses),
         n_iter=monitor.n_iter,

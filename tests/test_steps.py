@@ -10,7 +10,8 @@ from problems import planted
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import snmf_kernels
-from snmf_kernels import Factorization, _loop, _steps, fit
+from snmf_kernels import Factorization, _backends, _loop, _steps, fit
+from snmf_kernels._data import full_precision
 
 # Operations whose result, or whose shape, the host can only know by waiting for a GPU.
 WAITING = {
@@ -79,6 +80,7 @@ def like_a_gpu(monkeypatch):
     """Fits on the CPU run as they would on a GPU."""
     recordings.clear()
     monkeypatch.setattr(_steps, "_runs_ahead", lambda device: True)
+    monkeypatch.setattr(_backends, "_recordable", lambda *_: True)
     monkeypatch.setattr(_steps.Steps, "_recorded", lambda self, step: Recording(self, step))
 
 
@@ -110,7 +112,8 @@ def test_same_factors_as_without(name, like_a_gpu, monkeypatch):
     monkeypatch.setattr(_loop, "EXPLORE_MOST", 4)
     monkeypatch.setattr(_loop, "LATE_GAIN", 1.0)
     deferred = fit(A, 12, **options)
-    assert recordings
+    # What keeps so many features to a token is composed of plain torch, and may wait.
+    assert bool(recordings) == (name != "max_active")
     assert all(recording.replayed for recording in recordings)
     monkeypatch.undo()
     monkeypatch.setattr(_loop, "EXPLORE_GAIN", 0.0)
@@ -163,3 +166,23 @@ def test_the_watch_sees_what_waits():
         for waits in (lambda: float(A.sum()), lambda: A[A > 2], lambda: A.nonzero(), lambda: bool(A[0])):
             with pytest.raises(AssertionError, match="would wait"):
                 waits()
+
+
+def test_a_setting_for_tf32_is_put_aside_and_put_back():
+    matmul = torch.backends.cuda.matmul
+    name, loose, exact = (
+        ("fp32_precision", "tf32", "ieee")
+        if hasattr(matmul, "fp32_precision")
+        else ("allow_tf32", True, False)
+    )
+    before = getattr(matmul, name)
+    try:
+        setattr(matmul, name, loose)
+        with full_precision(torch.device("cuda")):
+            assert getattr(matmul, name) == exact
+        assert getattr(matmul, name) == loose
+        with pytest.raises(FloatingPointError), full_precision(torch.device("cuda")):
+            raise FloatingPointError
+        assert getattr(matmul, name) == loose
+    finally:
+        setattr(matmul, name, before)
