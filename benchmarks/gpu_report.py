@@ -364,6 +364,13 @@ class FirstReach:
             self.seconds, self.n_iter = time.perf_counter() - self.start, state.n_iter
 
 
+# On A as it is, as the published loop sees it: losses on scaled neurons would not compare.
+SETTINGS = {
+    "mu": {"solver": "mu"},
+    "auto": {"solver": "auto", "refit": True, "neuron_scale": None},
+}
+
+
 def fit():
     """Per iteration, and to the same loss, against the published loop on this device."""
     d = shapes(14336, 300)
@@ -383,8 +390,8 @@ def fit():
         published = time.perf_counter() - start
         norm = float(loop.A.double().square().sum())
         del loop
-        for solver in ("mu", "auto"):
-            options = {"solver": solver, "patience": 10_000, "tol": 0.0}
+        for solver, settings in SETTINGS.items():
+            options = settings | {"patience": 10_000, "tol": 0.0}
             snmf_kernels.fit(A, k, max_iter=3, **options)
             synchronize()
             if DEVICE == "cuda":
@@ -413,6 +420,31 @@ def fit():
             }
 
 
+def many():
+    """Many layers together against one after another, each until it converges."""
+    count, d, n, k = shapes((32, 14336, 7500, 100), (3, 200, 90, 4))
+    layers = [
+        synthetic_activations(d, n, seed=seed, device=DEVICE, dtype=torch.bfloat16) for seed in range(count)
+    ]
+    held = sum(A.nbytes for A in layers) + 4 * count * k * n
+    snmf_kernels.fit(layers[0], k)
+    for at_once in shapes((1, 4, 8, 16), (2,)):
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        synchronize()
+        start = time.perf_counter()
+        results = snmf_kernels.fit_many(layers, k, at_once=at_once)
+        synchronize()
+        yield {
+            "name": f"fit_many {count} layers d={d} n={n} k={k}, {at_once} at once",
+            "seconds": time.perf_counter() - start,
+            "iterations": sum(result.n_iter for result in results),
+            "relative_error": statistics.mean(result.relative_error for result in results),
+            "peak_over_A_and_Y": torch.cuda.max_memory_allocated() / held if DEVICE == "cuda" else None,
+        }
+
+
 STAGES = {
     "floors": floors,
     "update": update,
@@ -423,6 +455,7 @@ STAGES = {
     "select": select,
     "solve": solve,
     "fit": fit,
+    "many": many,
     "tune": tune,
 }
 

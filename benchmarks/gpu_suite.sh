@@ -6,7 +6,7 @@
 set -u
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results/gpu}
-STAGES=${1:-floors,update,descent,products,pass,columns,select,solve,fit}
+STAGES=${1:-floors,update,descent,products,pass,columns,select,solve,fit,many}
 mkdir -p "$OUT"
 failed=0
 stage() {  # name, seconds, command...

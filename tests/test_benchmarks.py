@@ -41,7 +41,7 @@ def test_gpu_report_runs(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert set(report["stages"]) == {
-        "floors", "update", "descent", "products", "pass", "columns", "select", "solve", "fit", "tune",
+        "floors", "update", "descent", "products", "pass", "columns", "select", "solve", "fit", "many", "tune",
     }  # fmt: skip
     assert all(rows for rows in report["stages"].values())
     assert all(row["equal"] for row in report["stages"]["select"])
