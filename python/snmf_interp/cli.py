@@ -15,7 +15,14 @@ import typer
 from rich.logging import RichHandler
 from rich.text import Text
 
-from . import label_command, terminal, tree_command
+from . import (
+    compare_command,
+    label_command,
+    provenance_command,
+    stability_command,
+    terminal,
+    tree_command,
+)
 from .arguments import (
     DeviceOption,
     ModelArgument,
@@ -40,7 +47,6 @@ app = typer.Typer(
 )
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
 _debug = False
 
 
@@ -193,7 +199,15 @@ def collect(
 @_command("fit")
 def fit(
     run: RunArgument,
-    k: Annotated[int, typer.Option(help="Features per layer.")] = 100,
+    k: Annotated[
+        str, typer.Option(help="Features per layer, or auto: the number that several starts agree on.")
+    ] = "100",
+    k_candidates: Annotated[
+        str | None,
+        typer.Option(
+            help="For --k auto, such as 25,50,100.", show_default="doubling up to 400, fewer for few tokens"
+        ),
+    ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Such as 0-3,6.", show_default="all that were collected")
     ] = None,
@@ -235,9 +249,14 @@ def fit(
         bool, typer.Option("--overwrite", help="Replace fits made with other options.")
     ] = False,
 ) -> None:
-    """Factorise the activations of a run, layer by layer. Layers that are finished already are kept."""
+    """Factorise the activations of a run, layer by layer. Layers that are finished already are kept.
+
+    With --k auto each candidate is fitted from five starts on 80 % of the texts, and the largest k is chosen whose
+    features are found again as surely as those of any; the table goes into the run's config.json.
+    """
     from .runs import Run
 
+    sizes = stability_command.Sizes.of(k, k_candidates)
     opened = Run.open(run)
     wanted = opened.parse_layers(layers)
     screen = terminal.console()
@@ -252,21 +271,22 @@ def fit(
         "device": device,
         "refit": None if refit is None else choices[refit],
     }
-    records = opened.fit(
-        wanted,
-        k,
-        overwrite=overwrite,
-        progress=sys.stderr.isatty(),
-        keep=keep,
-        neuron_scale=None if neuron_scale == "none" else neuron_scale,
-        solver=solver,
-        init=init,
-        seed=seed,
-        backend=backend,
+    options: dict[str, Any] = {
+        "keep": keep,
+        "neuron_scale": None if neuron_scale == "none" else neuron_scale,
+        "solver": solver,
+        "init": init,
+        "seed": seed,
+        "backend": backend,
         **{name: value for name, value in limits.items() if value is not None},
-    )
-    for layer, record in records:
-        terminal.fitted(screen, layer, record)
+    }
+    if sizes.k is None:
+        for layer in wanted:
+            stability_command.fit_chosen(screen, opened, layer, sizes, options, overwrite=overwrite)
+    else:
+        records = opened.fit(wanted, sizes.k, overwrite=overwrite, progress=sys.stderr.isatty(), **options)
+        for layer, record in records:
+            terminal.fitted(screen, layer, record)
     screen.print(Text(f"\nNext: {terminal.command()} features {run} --layer {wanted[0]}"), soft_wrap=True)
 
 
@@ -450,6 +470,12 @@ _command("label")(label_command.label)
 
 
 _command("tree")(tree_command.tree)
+
+_command("neuron")(provenance_command.neuron)
+_command("overlap")(provenance_command.overlap)
+_command("nearest")(provenance_command.nearest)
+_command("stability")(stability_command.stability)
+_command("compare")(compare_command.compare)
 
 
 @_command("demo")

@@ -188,7 +188,14 @@ def describe(
         for column in _strongest(strength[index], text_of, n_tokens, one_per_text):
             share = float(strength[index, column] / everything[column])
             tokens.append(
-                _in_context(model, store, int(places[column]), window, float(strength[index, column]), share)
+                token_in_context(
+                    model,
+                    store,
+                    int(places[column]),
+                    strength=float(strength[index, column]),
+                    share=share,
+                    window=window,
+                )
             )
         weights, order = (
             (Z[:, index] / norms[index].clamp_min(1e-30)).abs().sort(descending=True, stable=True)
@@ -221,6 +228,37 @@ def describe(
             )
         )
     return features
+
+
+def token_in_context(
+    model: LanguageModel,
+    store: ActivationStore,
+    place: int,
+    *,
+    strength: float,
+    share: float,
+    window: int = 15,
+) -> TokenInContext:
+    """The token at a place of the store's corpus with ``window`` tokens of context on each side."""
+    corpus = store.corpus
+    before, token, after = corpus.context(place, window)
+    left, middle, right = _split_text(model, [i for i in before if i not in model.special_ids], token, after)
+    sample = int(corpus.sample_of[place])
+    position = place - int(corpus.offsets[sample])
+    end = int(corpus.offsets[sample + 1])
+    return TokenInContext(
+        before=left,
+        token=middle,
+        after=right,
+        cut_before=position - len(before) > 0,
+        cut_after=place + len(after) + 1 < end,
+        token_id=token,
+        sample=corpus.sample_ids[sample],
+        position=position,
+        label=corpus.labels[sample],
+        strength=strength,
+        share=share,
+    )
 
 
 def write_features(path: Path, features: Sequence[Feature]) -> None:
@@ -279,30 +317,6 @@ def _strongest(strength: Tensor, text_of: Tensor, count: int, one_per_text: bool
             seen.add(text)
             chosen.append(column)
     return chosen
-
-
-def _in_context(
-    model: LanguageModel, store: ActivationStore, place: int, window: int, strength: float, share: float
-) -> TokenInContext:
-    corpus = store.corpus
-    before, token, after = corpus.context(place, window)
-    left, middle, right = _split_text(model, [i for i in before if i not in model.special_ids], token, after)
-    sample = int(corpus.sample_of[place])
-    position = place - int(corpus.offsets[sample])
-    end = int(corpus.offsets[sample + 1])
-    return TokenInContext(
-        before=left,
-        token=middle,
-        after=right,
-        cut_before=position - len(before) > 0,
-        cut_after=place + len(after) + 1 < end,
-        token_id=token,
-        sample=corpus.sample_ids[sample],
-        position=position,
-        label=corpus.labels[sample],
-        strength=strength,
-        share=share,
-    )
 
 
 def _split_text(

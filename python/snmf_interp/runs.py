@@ -8,6 +8,9 @@
     words.json                      how often each word occurs in the texts
     llm/                            answers of language models as they came
     layer_6/tree/                   a snmf_interp.Hierarchy, how it was made, and what its features stand for
+    layer_6/starts/                 fits from other starts, for snmf_interp.stability
+    layer_6/k_evidence.json         what spoke for each k, for --k auto
+    compare/                        what another checkpoint makes of the texts
 
 Every step may be cut short: what is finished is kept, and the same step done again does only what is missing.
 """
@@ -118,7 +121,7 @@ class Run:
 
     def is_fitted(self, layer: int) -> bool:
         """Whether ``layer`` has been factorised."""
-        return str(layer) in self.config["layers"] and self._factors(layer).is_file()
+        return str(layer) in self.config["layers"] and self.factors_path(layer).is_file()
 
     def parse_layers(self, layers: str | None) -> list[int]:
         """Collected layers named by ``"0-3,6"``, hook names of either naming, or ``"all"``/None.
@@ -198,8 +201,8 @@ class Run:
                 shutil.rmtree(self.labels_folder(layer))
             if self.config["layers"].pop(str(layer), None):
                 files.write_json(self.path / CONFIG, self.config)
-            self._factors(layer).parent.mkdir(parents=True, exist_ok=True)
-            factors.save(self._factors(layer))
+            self.factors_path(layer).parent.mkdir(parents=True, exist_ok=True)
+            factors.save(self.factors_path(layer))
             record = {
                 "options": wanted,
                 "solver_options": {name: _plain(value) for name, value in factors.options.items()},
@@ -223,11 +226,8 @@ class Run:
         """
         import snmf_kernels
 
-        if not self.is_fitted(layer):
-            raise FileNotFoundError(
-                f"layer {layer} of {self.path} is not factorised yet: `snmf fit {self.path} --layers {layer}`"
-            )
-        return snmf_kernels.Factorization.load(self._factors(layer))
+        self._check_fitted(layer)
+        return snmf_kernels.Factorization.load(self.factors_path(layer))
 
     def features(self, layer: int, model: LanguageModel | Callable[[], LanguageModel]) -> list[Feature]:
         """The features of a layer, read from features.jsonl, or described now and written there.
@@ -417,8 +417,25 @@ class Run:
         """Where the answers of language models are kept."""
         return self.path / "llm"
 
-    def _factors(self, layer: int) -> Path:
+    def factors_path(self, layer: int) -> Path:
+        """Where a layer's factorisation is, once made; what else belongs to the layer lies beside it."""
         return self.path / f"layer_{layer}" / "factors.safetensors"
+
+    def note(self, layer: int, name: str, content: Any) -> None:
+        """Add something to the record of a fitted layer; it goes when the layer is fitted again.
+
+        Raises:
+            FileNotFoundError: the layer is not factorised.
+        """
+        self._check_fitted(layer)
+        self.config["layers"][str(layer)][name] = content
+        files.write_json(self.path / CONFIG, self.config)
+
+    def _check_fitted(self, layer: int) -> None:
+        if not self.is_fitted(layer):
+            raise FileNotFoundError(
+                f"layer {layer} of {self.path} is not factorised yet: `snmf fit {self.path} --layers {layer}`"
+            )
 
     def _tree(self, layer: int) -> Path:
         return self.path / f"layer_{layer}" / "tree"

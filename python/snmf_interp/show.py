@@ -177,3 +177,12 @@ def _words_line(head: str, words: Sequence[tuple[str, float]]) -> Text:
     text = Text(head, style="magenta", no_wrap=True, overflow="ellipsis")
     text.append("  ".join(visible(word.strip(" ")) or "␣" for word, _ in words))
     return text
+
+
+def feature_words(feature: Feature) -> Text:
+    """One line on what a feature stands for: its concept, if it has one, and the words that it fires on."""
+    text = Text(no_wrap=True, overflow="ellipsis")
+    if feature.concept:
+        name = visible(feature.concept).replace("_", " ")
+        text.append(f"{name} {feature.concept_precision:.2f}  ", style="bold cyan")
+    return text.append(counted_words(feature) or "nowhere", style="green" if feature.tokens else "dim")

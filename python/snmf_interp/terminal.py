@@ -6,13 +6,17 @@ import functools
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from .models import LanguageModel
+    from .runs import Run
 
 # Where a file is written instead of a screen.
 _FILE_WIDTH = 100
@@ -47,6 +51,17 @@ def waiting(what: str) -> Iterator[None]:
         return
     with errors().status(what):
         yield
+
+
+def loader(run: Run, device: str | None) -> Callable[[], LanguageModel]:
+    """What loads the model of a run when it is first called, with a moving line meanwhile."""
+
+    @functools.cache
+    def load() -> LanguageModel:
+        with waiting(f"loading {run.config['model']['name']}"):
+            return run.load_model(device=device)
+
+    return load
 
 
 def done(screen: Console, what: str, seconds: float | None) -> None:

@@ -1,0 +1,222 @@
+"""``snmf compare``: a run's features in another checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from . import terminal
+from .arguments import DeviceOption, ModelArgument, RevisionOption, RunArgument, TrustOption
+
+if TYPE_CHECKING:
+    from .compare import Difference, FeatureChange
+    from .features import Feature
+    from .models import LanguageModel
+    from .runs import Run
+
+
+def compare(
+    run: RunArgument,
+    model: ModelArgument,
+    layer: Annotated[
+        int | None, typer.Option(help="Which layer.", show_default="every factorised one")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Features to show per layer.")] = 10,
+    contexts: Annotated[int, typer.Option(help="Contexts per feature.")] = 2,
+    texts: Annotated[
+        str | None,
+        typer.Option(help="Where the run's texts are now.", show_default="where snmf collect read them"),
+    ] = None,
+    chunk: Annotated[int | None, typer.Option(help="As it was given to snmf collect.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a layer instead of a table.")
+    ] = False,
+    device: DeviceOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Read the run's texts with another checkpoint, MODEL, and rank the run's features by how their use changed.
+
+    Both checkpoints must make the same tokens. The other's activations are kept in DIR/compare; the same command
+    resumes. A residual that rises says that MODEL does something that no feature of this run stands for.
+    """
+    from . import files
+    from .compare import compare_stores
+    from .runs import Run
+
+    opened = Run.open(run)
+    layers = opened.fitted if layer is None else [layer]
+    if not layers:
+        raise FileNotFoundError(f"{run} has no factorised layer yet: `snmf fit {run}`")
+    factors = {number: opened.factors(number) for number in layers}
+    screen = terminal.console()
+    with terminal.waiting(f"loading {model}"):
+        other = _load(opened, model, device, revision, trust_remote_code)
+    second = _collected(opened, other, texts, chunk)
+    first = opened.store()
+    results: dict[int, Difference] = {}
+    for number in layers:
+        with terminal.waiting(f"comparing layer {number}"):
+            results[number] = compare_stores(
+                factors[number], first, second, other, number, described=top, n_tokens=contexts
+            )
+        result = _as_dict(results[number], opened, other)
+        assert second.path is not None
+        files.write_json(second.path.parent / f"layer_{number}.json", result)
+        if as_json:
+            typer.echo(json.dumps(result, ensure_ascii=False))
+            continue
+        described = opened.features(number, terminal.loader(opened, device))
+        screen.print(
+            _page(results[number], described, opened, other, top, screen.width, not screen.is_terminal)
+        )
+
+
+def _load(
+    run: Run, name: str, device: str | None, revision: str | None, trust_remote_code: bool
+) -> LanguageModel:
+    import torch
+
+    from .models import load_model
+
+    collected = run.config["collect"]
+    return load_model(
+        name,
+        device=device,
+        dtype=getattr(torch, collected["model_dtype"]),
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        start_token=collected["start_token"],
+    )
+
+
+def _collected(run: Run, model: LanguageModel, texts: str | None, chunk: int | None) -> Any:
+    """The other checkpoint's activations of the run's texts, collected as the run was."""
+    from .activations import collect
+    from .compare import check_tokens
+    from .texts import digest, read_texts
+
+    source = texts or run.config["texts"]["source"]
+    samples = read_texts(source, chunk=chunk)
+    if digest(samples) != run.config["texts"]["digest"]:
+        raise ValueError(
+            f"the texts in {source!r} are not those that {run.path} was collected from; give these by --texts, and "
+            "--chunk if they were cut"
+        )
+    corpus, collected = run.store().corpus, run.config["collect"]
+    for number, sample in enumerate(samples):
+        ids = model.encode(sample.text, max_tokens=collected["max_tokens"])
+        check_tokens(
+            sample.id, corpus.tokens_of(number), ids, (run.config["model"]["name"], model.name), model
+        )
+    return collect(
+        model,
+        samples,
+        run.layers,
+        out=run.path / "compare" / model.fingerprint() / "activations",
+        **{
+            name: collected[name]
+            for name in (
+                "batch_size",
+                "max_tokens",
+                "dtype",
+                "sink_threshold",
+                "padding_side",
+                "shard_tokens",
+            )
+        },
+    )
+
+
+def _page(
+    difference: Difference,
+    features: Sequence[Feature],
+    run: Run,
+    model: LanguageModel,
+    top: int,
+    width: int,
+    marks: bool,
+) -> Group:
+    from .features import visible
+
+    significant = difference.significant()
+    residual = difference.residual_change
+    covered = (
+        "the basis covers it less well"
+        if residual.low > 0
+        else "the basis covers it better"
+        if residual.high < 0
+        else "no clear change"
+    )
+    left_out = f", {difference.n_left_out} more are a sink in one" if difference.n_left_out else ""
+    head = Text.assemble(
+        (
+            f"\nLayer {difference.layer}: {visible(run.config['model']['name'])} → {visible(model.name)}\n\n",
+            "bold",
+        ),
+        f"{difference.n_tokens:,} tokens of {difference.n_texts} texts that both keep{left_out}\n"
+        f"residual on the basis {difference.first_residual:.4f} → {difference.second_residual:.4f}, change "
+        f"{residual.value:+.4f} (95 % interval {residual.low:+.4f} to {residual.high:+.4f}): {covered}\n"
+        f"{len(significant)} of {len(difference.changes)} features changed (paired over texts, 5 % false "
+        "discoveries)\n",
+    )
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", width=width)
+    left = 24
+    table.add_column("feature", width=left)
+    table.add_column(
+        "where it fires, and where its use changed most",
+        no_wrap=True,
+        overflow="ellipsis",
+        width=width - left - 3,
+    )
+    shown = [change for change in difference.changes if change.first != change.second][:top]
+    for change in shown:
+        table.add_row(_change(change), _contexts(change, features[change.feature], width - left - 3, marks))
+    if not shown:
+        return Group(head, Text("no feature is used differently on any token"))
+    return Group(head, table)
+
+
+def _change(change: FeatureChange) -> Text:
+    text = Text.assemble((f"{change.feature}", "bold"), (f"  {change.standardised:+.2f} sd", "bold yellow"))
+    mark = f"q = {change.q_value:.1g}" if change.q_value >= 1e-4 else "q < 0.0001"
+    text.append(f"\n{change.first:.3g} → {change.second:.3g}")
+    text.append(f"\n{mark}, r = {change.correlation:.2f}", style="dim" if change.q_value < 0.05 else "red")
+    return text
+
+
+def _contexts(change: FeatureChange, feature: Feature, width: int, marks: bool) -> Group:
+    from . import show
+
+    lines = [show.feature_words(feature)]
+    for row in change.tokens:
+        value = f"{row.first:6.3g} → {row.second:<6.3g} "
+        context = show.context_line(row.token, width - len(value), marks=marks)
+        lines.append(Text.assemble((value, "dim"), context, no_wrap=True, overflow="ellipsis"))
+    return Group(*lines, Text(""))
+
+
+def _as_dict(difference: Difference, run: Run, model: LanguageModel) -> dict[str, Any]:
+    names = {
+        "first": run.config["model"]["name"],
+        "second": model.name,
+        "second_weights": model.fingerprint(),
+    }
+    # JSON has no NaN.
+    return names | _finite(asdict(difference))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
