@@ -51,6 +51,11 @@ class KEvidence:
         return (self.recurrence - self.chance) / (1 - self.chance) if self.chance < 1 else 0.0
 
     @property
+    def n_recurring(self) -> float:
+        """How many features recur beyond chance: ``k`` times ``beyond_chance``."""
+        return self.k * self.beyond_chance
+
+    @property
     def beyond_chance_error(self) -> float:
         """Its standard error over starts."""
         return self.standard_error / (1 - self.chance) if self.chance < 1 else 0.0
@@ -97,9 +102,10 @@ def suggest_k(
     features as long as they are found again as surely as fewer would be.
 
     With fewer features than there are, starts merge different ones; with more, they split them differently or fit
-    noise. On planted factors, recurrence has its peak at their number. On a language model it is low and nearly flat
-    in k, so that the choice is often the largest candidate: then the evidence says that more features cost no
-    stability, not that there are so many. The held-out error, which only falls with k there, decides nothing.
+    noise. On planted factors, recurrence has its peak at their number. On language models there is no such peak: on
+    SmolLM2, layers 8 and 10, 0.12 to 0.25 of the features recur beyond chance at every k from 25 to 400, so that the
+    choice is a mild one and may be another with other starts. The held-out error, which only falls with k there,
+    and the number that recurs (:attr:`KEvidence.n_recurring`), which only rises, decide nothing; look at them.
 
     Args:
         A: activations ``[d, n]``, as for :func:`snmf_kernels.fit`.

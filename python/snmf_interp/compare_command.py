@@ -163,8 +163,8 @@ def _page(
             "bold",
         ),
         f"{difference.n_tokens:,} tokens of {difference.n_texts} texts that both keep{left_out}\n"
-        f"residual on the basis {difference.first_residual:.4f} → {difference.second_residual:.4f}, change "
-        f"{residual.value:+.4f} (95 % interval {residual.low:+.4f} to {residual.high:+.4f}): {covered}\n"
+        f"residual on the basis {difference.first_residual:.4f} → {difference.second_residual:.4f}: {covered}\n"
+        f"  change {residual.value:+.4f}, 95 % interval {residual.low:+.4f} to {residual.high:+.4f}\n"
         f"{len(significant)} of {len(difference.changes)} features changed (paired over texts, 5 % false "
         "discoveries)\n",
     )

@@ -57,10 +57,12 @@ def stability(
     order = sorted(
         range(report.k), key=lambda i: (-float(recurrence[i]), -float(report.similarity[i].mean()), i)
     )
-    screen.print(_table("Found again most surely", report, features, order[:top], screen.width))
+    screen.print(Text("found again most surely\n", style="bold"))
+    screen.print(_table(report, features, order[:top], screen.width))
     if len(order) > top:
         rest = order[max(top, len(order) - top) :][::-1]
-        screen.print(_table("Found again least", report, features, rest, screen.width))
+        screen.print(Text("\nfound again least\n", style="bold"))
+        screen.print(_table(report, features, rest, screen.width))
 
 
 @dataclass(frozen=True)
@@ -147,13 +149,14 @@ def evidence_table(choice: KChoice) -> Group:
             f"{row.recurrence:.2f} ± {row.standard_error:.2f}",
             f"{row.chance:.2f}",
             f"{row.beyond_chance:.2f} ± {row.beyond_chance_error:.2f}",
+            f"{row.n_recurring:.0f}",
             f"{row.dead:.1f}",
             f"{row.duplicates:.1f}",
             "← chosen" if chosen else "",
         )
         table.add_row(*(Text(cell) for cell in cells), style="bold" if chosen else "")
     explained = (
-        f"k = {choice.k}: {choice.reason}. Found again: the share of features that a fit from another start has too "
+        f"\nk = {choice.k}: {choice.reason}. Found again: the share of features that a fit from another start has too "
         f"(cosine of Z at least {choice.threshold}, {len(choice.seeds)} starts); {choice.held_out:.0%} of the texts "
         "are held out."
     )
@@ -164,38 +167,36 @@ def _summary(report: Stability, features: Sequence[Feature], layer: int) -> Text
     others = len(report.seeds) - 1
     often = report.recurrence >= 0.5
     error = "" if math.isnan(report.standard_error) else f" ± {report.standard_error:.2f}"
+    found = report.recurrence
     text = Text.assemble(
         (f"\nLayer {layer}, {report.k} features from {len(report.seeds)} starts\n\n", "bold"),
-        f"{report.mean_recurrence:.2f}{error} of the features of one fit are found by another (cosine of Z at least "
-        f"{report.threshold:g}); by chance {report.chance.features:.2f} with each neuron's weights dealt to other "
-        f"features, {report.chance.neurons:.2f} with each feature's weights at other neurons\n"
-        f"{int((report.recurrence == 1).sum())} of the {report.k} features of this fit are in all {others} others, "
-        f"{int((report.recurrence == 0).sum())} in none\n"
-        f"dead features: {_counts(report.dead)}; pairs with a cosine of at least {report.duplicate_threshold:g}: "
-        f"{_counts(report.n_duplicates)} (one number a start)\n",
+        f"found by another start    {report.mean_recurrence:.2f}{error} of the features, cosine of Z at least "
+        f"{report.threshold:g}\n",
+        f"  by chance               {report.chance.features:.2f} with each neuron's weights dealt to other features\n",
+        f"                          {report.chance.neurons:.2f} with each feature's weights at other neurons\n",
+        f"of this fit's features    {int((found == 1).sum())} are in all {others} others, "
+        f"{int((found == 0).sum())} in none\n",
+        f"dead features             {_counts(report.dead)}\n",
+        f"duplicates                {_counts(report.n_duplicates)}, pairs with a cosine of at least "
+        f"{report.duplicate_threshold:g}\n",
     )
     for pair in report.duplicates[:5]:
-        text.append(f"  duplicates: {pair.first} and {pair.second}, cosine {pair.cosine:.2f}\n")
+        text.append(f"                          {pair.first} and {pair.second}, cosine {pair.cosine:.2f}\n")
     if bool(often.any()) and not bool(often.all()):
         clarity = [[f.clarity for f in features if bool(often[f.index]) is group] for group in (True, False)]
         high, low = (sum(values) / len(values) for values in clarity)
         what = "average precision" if any(f.concept for f in features) else "clarity"
         text.append(
-            f"mean {what} of the {len(clarity[0])} features that at least half of the others have: {high:.2f}; "
-            f"of the rest: {low:.2f}\n"
+            f"mean {what:<20} {high:.2f} of the {len(clarity[0])} features that half of the others or more have, "
+            f"{low:.2f} of the rest\n"
         )
     return text
 
 
-def _table(
-    title: str, report: Stability, features: Sequence[Feature], order: Sequence[int], width: int
-) -> Table:
+def _table(report: Stability, features: Sequence[Feature], order: Sequence[int], width: int) -> Table:
     from . import show
 
-    table = Table(
-        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", width=width, title=title
-    )
-    table.title_justify, table.title_style = "left", "bold"
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", width=width)
     for name in ("feature", "found in", "cosine", "on tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("where it fires", no_wrap=True, overflow="ellipsis", ratio=1)
@@ -213,7 +214,7 @@ def _table(
 
 
 def _counts(values: Sequence[int]) -> str:
-    return "none" if not any(values) else ", ".join(map(str, values))
+    return "none" if not any(values) else f"{', '.join(map(str, values))} (one number a start)"
 
 
 def _as_dict(report: Stability, layer: int) -> dict[str, Any]:
