@@ -207,7 +207,10 @@ class TestProcess:
         # Generous: it takes 0.2 s when nothing else runs, and loading torch alone takes longer than this
         # under load.
         assert time.perf_counter() - started < 10
-        for command in ("collect", "fit", "features", "label", "steer", "tree", "demo", "doctor"):
+        for command in (
+            "collect", "fit", "features", "label", "steer", "tree", "neuron", "overlap", "nearest", "stability",
+            "compare", "demo", "doctor",
+        ):  # fmt: skip
             assert command in shown.stdout
             one = self.run(command, "--help")
             assert one.returncode == 0
