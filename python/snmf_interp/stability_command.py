@@ -187,7 +187,7 @@ def _summary(report: Stability, features: Sequence[Feature], layer: int) -> Text
         high, low = (sum(values) / len(values) for values in clarity)
         what = "average precision" if any(f.concept for f in features) else "clarity"
         text.append(
-            f"mean {what:<20} {high:.2f} of the {len(clarity[0])} features that half of the others or more have, "
+            f"mean {what:<20} {high:.2f} of the {len(clarity[0])} features that half of the others have, "
             f"{low:.2f} of the rest\n"
         )
     return text
