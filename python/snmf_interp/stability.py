@@ -25,6 +25,8 @@ from .similarity import as_double, correlations, cosines
 
 # Two features of one fit above this cosine say the same thing twice.
 DUPLICATE = 0.9
+# Features taken apart for each other fit, at least, so that chance levels of small fits are not left to few draws.
+_CHANCE_FEATURES = 500
 # A feature counts as found again when its match has at least this cosine.
 THRESHOLD = 0.7
 
@@ -165,8 +167,8 @@ def stability_of(
     Features of two fits are matched one to one so that the summed cosine of their columns of Z is largest
     (Hungarian algorithm), and count as the same from a cosine of ``threshold`` on.
 
-    The chance levels match the first fit with fits whose features were taken apart, as many draws as there are other
-    fits; the draws are the same on every call.
+    The chance levels match the first fit with the others after taking their features apart, at least 500 features
+    of each; the draws are the same on every call.
 
     Args:
         fits: of the same activations with the same k, at least two.
@@ -253,9 +255,10 @@ def _chance(fits: Sequence[snmf_kernels.Factorization], threshold: float) -> Cha
     shares: dict[int, list[float]] = {0: [], 1: []}
     for other in fits[1:]:
         Z = as_double(other.Z)
-        for axis, found in shares.items():
-            order = torch.rand(Z.shape, generator=generator).argsort(axis)
-            found.append(_share(_paired(fits[0].Z, Z.gather(axis, order))[1], threshold))
+        for _ in range(math.ceil(_CHANCE_FEATURES / Z.shape[1])):
+            for axis, found in shares.items():
+                order = torch.rand(Z.shape, generator=generator).argsort(axis)
+                found.append(_share(_paired(fits[0].Z, Z.gather(axis, order))[1], threshold))
     return Chance(neurons=_mean(shares[0]), features=_mean(shares[1]))
 
 

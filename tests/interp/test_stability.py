@@ -79,7 +79,7 @@ class TestStability:
     def test_chance_is_low_and_structure_is_not(self, fits: list[snmf_kernels.Factorization]) -> None:
         report = stability_of(fits)
         assert report.mean_recurrence > 0.6
-        assert report.chance.neurons == 0
+        assert report.chance.neurons < 0.02
         assert report.chance.features < 0.15
 
     def test_a_loud_neuron_makes_chance_high(self) -> None:
