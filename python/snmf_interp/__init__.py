@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         nearest_by_neurons,
         pair_overlap,
     )
+    from .report import Report, write_report
     from .sentences import SentenceDetection, detect_sentences, write_sentences
     from .stability import Stability, match_features, stability_of
     from .steering import Intervention, steer
@@ -76,6 +77,7 @@ __all__ = [
     "OpenAIModel",
     "Overlap",
     "Qualification",
+    "Report",
     "Sample",
     "SentenceDetection",
     "Stability",
@@ -111,6 +113,7 @@ __all__ = [
     "stability_of",
     "steer",
     "suggest_k",
+    "write_report",
     "write_sentences",
 ]
 
@@ -135,6 +138,7 @@ _HOMES = {
     "OpenAIModel": "llm",
     "Overlap": "supports",
     "Qualification": "judging",
+    "Report": "report",
     "Sample": "texts",
     "SentenceDetection": "sentences",
     "Stability": "stability",
@@ -170,6 +174,7 @@ _HOMES = {
     "stability_of": "stability",
     "steer": "steering",
     "suggest_k": "choosing",
+    "write_report": "report",
     "write_sentences": "sentences",
 }
 

@@ -19,6 +19,7 @@ from . import (
     compare_command,
     label_command,
     provenance_command,
+    report_command,
     stability_command,
     terminal,
     tree_command,
@@ -467,6 +468,7 @@ def steer(
 
 
 _command("label")(label_command.label)
+_command("report")(report_command.report)
 
 
 _command("tree")(tree_command.tree)

@@ -210,8 +210,20 @@ def read_labels(folder: Path, source: str) -> list[Label]:
         ValueError: the file is damaged.
     """
     path = labels_path(folder, source)
-    if not path.is_file():
-        return []
+    return _read(path) if path.is_file() else []
+
+
+def read_sources(folder: Path) -> list[Label]:
+    """Labels of every source in a folder, models first.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    paths = sorted(folder.glob("*.jsonl"), key=lambda path: (path.stem == WORDS, path.name))
+    return [label for path in paths for label in _read(path)]
+
+
+def _read(path: Path) -> list[Label]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         return [Label(**json.loads(line)) for line in lines if line]

@@ -6,6 +6,7 @@
     layer_6/features.jsonl          one snmf_interp.Feature a line
     layer_6/labels/words.jsonl      one snmf_interp.Label a line, a file for each source, a manifest beside it
     words.json                      how often each word occurs in the texts
+    tokens.json                     the text of each token that occurs
     llm/                            answers of language models as they came
     layer_6/tree/                   a snmf_interp.Hierarchy, how it was made, and what its features stand for
     layer_6/starts/                 fits from other starts, for snmf_interp.stability
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from .trees import Description, Place
 
 FORMAT = 1
-CONFIG, ACTIVATIONS, WORDS = "config.json", "activations", "words.json"
+CONFIG, ACTIVATIONS, WORDS, TOKENS = "config.json", "activations", "words.json", "tokens.json"
 _PACKAGES = ("snmf-kernels", "torch", "transformers", "tokenizers", "numpy", "safetensors")
 
 
@@ -387,6 +388,25 @@ class Run:
         found = describe_levels(hierarchy, self.store(), self._checked(model), layer)
         write_descriptions(path, found)
         return found
+
+    def token_texts(self, model: LanguageModel | Callable[[], LanguageModel]) -> dict[int, str]:
+        """The text of each token that occurs in the texts, but for special ones, by id.
+
+        Read from tokens.json, or found now and written there.
+
+        Args:
+            model: the model whose tokenizer made the run's tokens, or what loads it; called only when needed.
+        """
+        from .models import LanguageModel
+
+        path = self.path / TOKENS
+        if not path.is_file():
+            loaded = model if isinstance(model, LanguageModel) else model()
+            ids = (i for i in self.store().corpus.ids.unique().tolist() if i not in loaded.special_ids)
+            # JSON has no integers as names.
+            texts = {str(i): loaded.token_text(i) for i in ids}
+            files.write_json(path, {"format": FORMAT, "texts": texts})
+        return {int(i): text for i, text in files.read_versioned(path, FORMAT)["texts"].items()}
 
     def load_model(self, *, device: str | None = None) -> LanguageModel:
         """Load the model that the run was collected from, as it was loaded then."""

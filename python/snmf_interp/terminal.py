@@ -44,13 +44,13 @@ def command() -> str:
 
 
 @contextmanager
-def waiting(what: str) -> Iterator[None]:
-    """A moving line on a terminal, nothing elsewhere."""
+def waiting(what: str) -> Iterator[Callable[[str], None]]:
+    """A moving line on a terminal, nothing elsewhere. Yields what changes its text."""
     if not errors().is_terminal:
-        yield
+        yield lambda _: None
         return
-    with errors().status(what):
-        yield
+    with errors().status(what) as status:
+        yield status.update
 
 
 def loader(run: Run, device: str | None) -> Callable[[], LanguageModel]:
