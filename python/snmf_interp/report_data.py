@@ -217,13 +217,9 @@ def _context(
     before, _, after = corpus.context(place, _WINDOW)
     places = range(place - len(before), place + len(after) + 1)
     kept = [(p, texts[int(corpus.ids[p])]) for p in places if int(corpus.ids[p]) in texts]
-    pieces = [text for _, text in kept]
-    # The first piece of a text may bring a space that the text does not have.
-    if pieces and not token.before.startswith(" ") and (token.before or not token.token.startswith(" ")):
-        pieces[0] = pieces[0].removeprefix(" ")
     at = next((i for i, (p, _) in enumerate(kept) if p == place), 0)
-    parts = ("".join(pieces[:at]), pieces[at] if pieces else "", "".join(pieces[at + 1 :]))
-    if parts == (token.before, token.token, token.after):
+    pieces = _aligned(token.before + token.token + token.after, [text for _, text in kept])
+    if pieces and ("".join(pieces[:at]), pieces[at]) == (token.before, token.token):
         rows = strengths.row_of[[p for p, _ in kept]]
         own = np.where(rows >= 0, strengths.values[index, rows], 0)
         levels = np.rint(15 * own / max(largest, 1e-30)).astype(int)
@@ -243,6 +239,27 @@ def _context(
         "strength": _short(token.strength),
         "share": _short(token.share),
     }
+
+
+def _aligned(text: str, pieces: Sequence[str]) -> list[str]:
+    """``text`` cut into as many parts as there are pieces; empty where they do not spell it.
+
+    A piece's own text may differ from its part by the space around it: decoders add some between words, or take the
+    first away.
+    """
+    parts = []
+    at = 0
+    for piece in pieces:
+        end = at + len(piece)
+        if not text.startswith(piece, at):
+            bare = piece.strip(" ")
+            start = len(text) - len(text[at:].lstrip(" "))
+            if not bare or not text.startswith(bare, start):
+                return []
+            end = start + len(bare)
+        parts.append(text[at:end])
+        at = end
+    return parts if at == len(text) else []
 
 
 def _neurons(z: Tensor) -> list[list[float]]:

@@ -43,7 +43,12 @@ function histogram(holder, strengths) {
       },
       axes: [
         axis({ size: 24, space: 60, grid: { show: false } }),
-        axis({ size: 46, values: (_, ticks) => ticks.map((n) => (n >= 1 && Number.isInteger(Math.log10(n)) ? count(n) : "")) }),
+        axis({
+          size: 46,
+          splits: (_u, _axis, low, high) => [0, 1, 2, 3, 4, 5, 6, 7, 8, 9].map((e) => 10 ** e).filter((n) => n >= low && n <= high),
+          filter: (_u, splits) => splits,
+          values: (_, ticks) => ticks.map(count),
+        }),
       ],
       series: [
         {},

@@ -22,7 +22,7 @@ function featureView(feature) {
     h(
       "dl",
       { class: "facts" },
-      fact("clarity", feature.clarity.toFixed(2), "how clearly it stands for one thing, 0 to 1"),
+      fact("clarity", feature.clarity.toFixed(2), "0 to 1"),
       fact("active tokens", percent(feature.active_share), `${count(feature.active)} of ${count(layer.tokens)}`),
       fact("energy", percent(feature.energy), "‖z‖²‖y‖², of all features"),
       fact("neurons", count(feature.n_neurons), `of ${count(layer.width)}`),
@@ -104,7 +104,7 @@ function contextRow(context, feature) {
       pieces[at],
       h("span", { class: "after" }, pieces.slice(at + 1), context.cut_after && "…"),
     ),
-    context.label && h("span", { class: "source" }, visible(context.label).replaceAll("_", " ")),
+    context.label && h("span", { class: context.label === feature.concept ? "source concept" : "source" }, visible(context.label).replaceAll("_", " ")),
   );
 }
 

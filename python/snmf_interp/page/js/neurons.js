@@ -22,8 +22,7 @@ function neuronsView(layer) {
     h(
       "header",
       { class: "title" },
-      h("p", { class: "crumb" }, `layer ${layer.layer}`),
-      h("h2", { tabindex: "-1" }, "Neurons"),
+      h("h2", { tabindex: "-1" }, `Neurons of layer ${layer.layer}`),
       h("p", { class: "sub" }, `${count(users.size)} of ${count(layer.width)} neurons are in a feature. ${layer.neurons_cut}`),
     ),
     form,

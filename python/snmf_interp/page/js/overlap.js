@@ -10,6 +10,8 @@ function overlapView(layer) {
   const likeness = (i, j) => (i === j ? 0 : at(i, j) / Math.max(1, size(i) + size(j) - at(i, j)));
   const feature = (i) => BY_PLACE.get(`${layer.layer}/${overlap.features[i]}`);
   let order = overlap.order;
+  let most = 0;
+  for (let i = 0; i < n; i++) for (let j = i + 1; j < n; j++) most = Math.max(most, likeness(i, j));
 
   const readout = h("p", { class: "readout", role: "status" }, "Point at a cell, or tap it. Drag to zoom in, double-click to zoom out.");
   const describe = (i, j) => {
@@ -24,7 +26,7 @@ function overlapView(layer) {
     role: "img",
     "aria-label": `Heat map of the neurons that ${n} features share. The pairs that share most are in the table that follows.`,
   });
-  const draw = () => heatMap(holder, n, (x, y) => likeness(order[x], order[y]), (x) => feature(order[x]).index, (x, y) => {
+  const draw = () => heatMap(holder, n, (x, y) => likeness(order[x], order[y]) / (most || 1), (x) => feature(order[x]).index, (x, y) => {
     readout.replaceChildren(...describe(order[y], order[x]));
   });
   onceShown(holder, draw);
@@ -47,11 +49,10 @@ function overlapView(layer) {
     h(
       "header",
       { class: "title" },
-      h("p", { class: "crumb" }, `layer ${layer.layer}`),
-      h("h2", { tabindex: "-1" }, "Shared neurons"),
-      h("p", { class: "sub" }, `of ${plural(n, "feature")}, pair by pair: neurons in both, as a share of those in either. The diagonal is left blank.`),
+      h("h2", { tabindex: "-1" }, `Shared neurons of layer ${layer.layer}`),
+      h("p", { class: "sub" }, `${plural(n, "feature")}, pair by pair: neurons in both, as a share of those in either. The diagonal is left blank.`),
     ),
-    h("div", { class: "tools" }, h("label", { for: "overlap-order" }, "Order by"), sorting, legend()),
+    h("div", { class: "tools" }, h("label", { for: "overlap-order" }, "Order by"), sorting, legend(most)),
     h("div", { class: "figure" }, holder),
     readout,
     section(
@@ -80,13 +81,13 @@ function overlapView(layer) {
   ];
 }
 
-function legend() {
-  return h("span", { class: "legend", "aria-hidden": "true" }, "0", h("span", { class: "ramp" }), "all");
+function legend(most) {
+  return h("span", { class: "legend", "aria-hidden": "true" }, "0", h("span", { class: "ramp" }), percent(most, 0));
 }
 
 function heatMap(holder, n, likeness, name, onPoint) {
   const image = heatImage(n, likeness);
-  const side = Math.min(holder.clientWidth, 620);
+  const side = Math.max(280, Math.min(holder.clientWidth, 640, innerHeight - 260));
   // Names where there is room for them: whole cells only.
   const named = (u, splits) => {
     const roomy = u.scales.x.max - u.scales.x.min <= 26;

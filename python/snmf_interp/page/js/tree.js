@@ -39,15 +39,28 @@ function treeView(layer) {
       { class: "node" },
       h("p", { class: "note" }, `${percent(node.energy)} of its level’s energy`),
       (node.lens || []).length > 0 && h("p", { class: "words" }, "→ ", node.lens.map((word) => visible(word.trim()) || "␣").join("  ")),
-      (node.contexts || []).length > 0 &&
-        h("ol", { class: "contexts" }, node.contexts.map(([before, peak, after]) => h("li", {}, h("span", { class: "text", dir: "auto" }, visible(before), h("mark", { class: "shaded", vars: { s: 1 } }, visible(peak)), visible(after))))),
+      (node.contexts || []).length > 0 && h("details", { class: "in-context" }, h("summary", {}, "in context"), contexts(node)),
       below.length > 0 && h("ul", {}, below.map(([child, weight]) => h("li", {}, branch(child, weight / total)))),
+    );
+  }
+
+  function contexts(node) {
+    return h(
+      "ol",
+      { class: "contexts" },
+      node.contexts.map(([before, peak, after]) =>
+        h(
+          "li",
+          {},
+          h("span", { class: "text", dir: "auto" }, visible(before), h("mark", { class: "shaded", vars: { s: 1 } }, visible(peak)), visible(after)),
+        ),
+      ),
     );
   }
 
   const all = (open) => () => {
     // What opens brings children that are to open as well; a toggle event comes too late for that.
-    const closed = () => [...list.querySelectorAll("details")].filter((details) => details.open !== open);
+    const closed = () => [...list.querySelectorAll("details:not(.in-context)")].filter((details) => details.open !== open);
     for (let found = closed(); found.length; found = closed()) {
       for (const details of found) {
         details.open = open;
@@ -59,8 +72,7 @@ function treeView(layer) {
     h(
       "header",
       { class: "title" },
-      h("p", { class: "crumb" }, `layer ${layer.layer}`),
-      h("h2", { tabindex: "-1" }, "Hierarchy"),
+      h("h2", { tabindex: "-1" }, `Hierarchy of layer ${layer.layer}`),
       h("p", { class: "sub" }, `levels of ${tree.sizes.join(", ")} features, finest first. Percentages: of the siblings’ weights. Links above ${tree.threshold} of a child’s strongest, at most ${tree.most} children.`),
     ),
     h("div", { class: "tools" }, h("button", { type: "button", onclick: all(true) }, "Open all"), h("button", { type: "button", onclick: all(false) }, "Close all")),
