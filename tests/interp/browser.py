@@ -63,14 +63,10 @@ class Page:
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """One command of the protocol and its result."""
-        self._last += 1
-        message: dict[str, Any] = {"id": self._last, "method": method, "params": parameters}
-        if self._session:
-            message["sessionId"] = self._session
-        os.write(self._write, json.dumps(message).encode() + b"\0")
+        sent = self._send(method, parameters)
         while True:
             answer = self._next()
-            if answer.get("id") == self._last:
+            if answer.get("id") == sent:
                 if "error" in answer:
                     raise RuntimeError(f"{method}: {answer['error']['message']}")
                 result: dict[str, Any] = answer["result"]
@@ -80,7 +76,7 @@ class Page:
     def open(self, url: str) -> None:
         """Go to an address, and wait until the page has loaded."""
         self.call("Page.navigate", url=url)
-        self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
+        self.wait(f"document.readyState === 'complete' && location.href === {json.dumps(url)}")
 
     def evaluate(self, script: str) -> Any:
         """The value of an expression."""
@@ -89,7 +85,7 @@ class Page:
             raise RuntimeError(f"{script}: {result['exceptionDetails']}")
         return result["result"].get("value")
 
-    def wait(self, condition: str, seconds: float = 15) -> None:
+    def wait(self, condition: str, seconds: float = 5) -> None:
         """Wait until an expression is true."""
         end = time.monotonic() + seconds
         while not self.evaluate(f"Boolean({condition})"):
@@ -168,18 +164,18 @@ class Page:
             self.problems.append(detail["entry"]["text"])
         elif method == "Page.javascriptDialogOpening":
             self.problems.append(f"dialog: {detail['message']}")
-            self._session_less_accept()
+            # It would keep every other command waiting.
+            self._send("Page.handleJavaScriptDialog", {"accept": True})
         elif method == "Network.requestWillBeSent":
             self.requests.append(detail["request"]["url"])
 
-    def _session_less_accept(self) -> None:
-        message = {
-            "id": 0,
-            "method": "Page.handleJavaScriptDialog",
-            "params": {"accept": True},
-            "sessionId": self._session,
-        }
+    def _send(self, method: str, parameters: dict[str, Any]) -> int:
+        self._last += 1
+        message: dict[str, Any] = {"id": self._last, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
         os.write(self._write, json.dumps(message).encode() + b"\0")
+        return self._last
 
     def _next(self, seconds: float = 60) -> dict[str, Any]:
         while b"\0" not in self._buffer:

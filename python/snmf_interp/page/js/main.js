@@ -14,6 +14,9 @@ const VIEWS = {
 };
 const pageTitle = document.title;
 let walking = null;
+// The feature that was open last, and what is to be done when the list is there.
+let lastPlace = null;
+let atList = null;
 
 function isWide() {
   return wide.matches;
@@ -43,10 +46,15 @@ function route() {
   about.hidden = kind !== "about" && kind !== "list";
   view.replaceChildren(...(page ? page.nodes.flat().filter(Boolean) : kind === "lost" ? lost() : []));
   document.title = page ? `${visible(page.title)} · ${pageTitle}` : pageTitle;
+  if (page && page.place) lastPlace = page.place;
   markCurrent(page && page.place);
   markTabs(kind, layer);
   drawCharts();
-  if (!walking) {
+  const waiting = atList;
+  atList = null;
+  if (waiting && listIsShown()) {
+    waiting();
+  } else if (!walking) {
     scrollTo(0, 0);
     document.getElementById("main").scrollTo(0, 0);
     // Where the page has changed as a whole, the focus goes there; in the list it stays.
@@ -126,8 +134,7 @@ function onKey(event) {
   else if (inList && key === "Home") focusRow(links()[0]);
   else if (inList && key === "End") focusRow(links().at(-1));
   else if (key === "/") {
-    if (!listIsShown()) location.hash = "#/features";
-    requestAnimationFrame(() => {
+    toList(() => {
       search.focus();
       search.select();
     });
@@ -141,11 +148,24 @@ function listIsShown() {
   return document.getElementById("list").offsetParent !== null;
 }
 
+// Go to the list where it is not on the page, and do something there.
+function toList(then) {
+  if (listIsShown()) {
+    then();
+  } else {
+    atList = then;
+    location.hash = "#/features";
+  }
+}
+
 function escape() {
-  if (document.body.dataset.view !== "feature" || !isWide()) location.hash = "#/features";
-  requestAnimationFrame(() => {
-    const current = control("rows").querySelector("[aria-current]") || links()[0];
-    if (current) current.focus();
+  if (isWide() && document.body.dataset.view !== "feature" && document.body.dataset.view !== "list") {
+    location.hash = "#/features";
+  }
+  toList(() => {
+    const row = rows.get(lastPlace);
+    const target = row && row.isConnected ? row.firstChild : links()[0];
+    if (target) target.focus();
   });
 }
 
