@@ -88,6 +88,8 @@ function contextSection(feature) {
 function contextRow(context, feature) {
   const pieces = context.pieces.map((text, i) => piece(text, context, i, feature));
   const { at } = context;
+  // The space before the token stands with what is before it, also where the two are aligned.
+  const [space, peak] = pieces[at];
   return h(
     "li",
     { tabindex: "-1", title: `${visible(context.sample)}, token ${context.position}` },
@@ -100,8 +102,8 @@ function contextRow(context, feature) {
     h(
       "span",
       { class: "text", dir: "auto" },
-      h("span", { class: "before" }, h("span", {}, context.cut_before && "…", pieces.slice(0, at))),
-      pieces[at],
+      h("span", { class: "before" }, h("span", {}, context.cut_before && "…", pieces.slice(0, at), space)),
+      peak,
       h("span", { class: "after" }, pieces.slice(at + 1), context.cut_after && "…"),
     ),
     context.label && h("span", { class: context.label === feature.concept ? "source concept" : "source" }, visible(context.label).replaceAll("_", " ")),

@@ -43,7 +43,7 @@ function neuronsView(layer) {
               {},
               h("td", { class: "number" }, h("a", { href: `#/layer/${layer.layer}/neuron/${neuron}` }, count(neuron))),
               h("td", { class: "number" }, count(list.length)),
-              h("td", {}, list.slice(0, 3).map(([f], i) => [i > 0 && " · ", h("a", { href: href(f) }, f.place), ` ${visible(f.name)}`])),
+              h("td", {}, list.slice(0, 3).map(([f], i) => [i > 0 && " · ", h("a", { href: href(f) }, f.place), h("span", { class: "name" }, ` ${visible(f.name)}`)])),
             ),
           ),
         ),
