@@ -275,28 +275,14 @@ def _overlap(Z: Tensor, energies: Sequence[float]) -> dict[str, Any]:
     Of many features those of most energy.
     """
     chosen = sorted(sorted(range(Z.shape[1]), key=lambda i: -energies[i])[:_HEAT])
-    support = (Z[:, chosen] != 0).double()
-    shared = support.T @ support
-    sizes = shared.diagonal()
-    likeness = shared / (sizes[:, None] + sizes[None, :] - shared).clamp_min(1)
-    counts = shared.long().tolist()
+    from .supports import overlap
+
+    found = overlap(Z[:, chosen])
     return {
         "features": chosen,
-        "order": _leaves(likeness),
-        "shared": [row[i:] for i, row in enumerate(counts)],
+        "order": found.order.tolist(),
+        "shared": [row[i:] for i, row in enumerate(found.shared.tolist())],
     }
-
-
-def _leaves(likeness: Tensor) -> list[int]:
-    """An order in which alike features are neighbours: average linkage of 1 − Jaccard, leaves in optimal order."""
-    k = len(likeness)
-    if k < 3:
-        return list(range(k))
-    from scipy.cluster.hierarchy import leaves_list, linkage
-
-    distances = (1 - likeness[tuple(torch.triu_indices(k, k, 1))]).numpy()
-    order: list[int] = leaves_list(linkage(distances, method="average", optimal_ordering=True)).tolist()
-    return order
 
 
 def _setting(steered: Mapping[str, Any]) -> str:
