@@ -21,14 +21,13 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from .concepts import text_scores
+from .dictionaries import random_groups
 
 if TYPE_CHECKING:
     import snmf_kernels
 
 # Neurons scored at once: bounds the copy of [tokens, neurons] and the ranks of [2 · neurons, texts].
 _NEURONS = 256
-# Tokens projected at once: bounds the float32 copy of [tokens, neurons].
-_TOKENS = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +207,7 @@ def evaluate_features(
     _check(activations, text_of, labels, train, factors)
     # One call for both halves: the same number of sweeps for both.
     Y = torch.as_tensor(factors.encode(activations.T).Y).cpu()
-    return _halves(text_scores(Y, text_of, len(labels)), labels, train)
+    return halves(text_scores(Y, text_of, len(labels)), labels, train)
 
 
 def permuted_labels(
@@ -228,6 +227,12 @@ def permuted_labels(
     Args, returns and errors are those of :func:`evaluate_features`; ``seed`` is that of the shuffle.
     """
     _check(activations, text_of, labels, train, factors)
+    shuffled = shuffle_labels(labels, train, seed=seed)
+    return evaluate_features(factors, activations, text_of, shuffled, train)
+
+
+def shuffle_labels(labels: Sequence[str | None], train: Tensor, *, seed: int = 0) -> list[str | None]:
+    """``labels`` in a random order within each half; texts without one keep none."""
     generator = torch.Generator().manual_seed(seed)
     shuffled: list[str | None] = [None] * len(labels)
     for half in (train, ~train):
@@ -235,7 +240,7 @@ def permuted_labels(
         order = torch.randperm(len(known), generator=generator).tolist()
         for place, other in zip(known, order, strict=True):
             shuffled[place] = labels[known[other]]
-    return evaluate_features(factors, activations, text_of, shuffled, train)
+    return shuffled
 
 
 def random_directions(
@@ -249,23 +254,12 @@ def random_directions(
 ) -> Detection:
     """The control for the features' content: as many random groups of as many neurons.
 
-    For each column of Z a direction with its number of non-zeros, at neurons drawn uniformly, with standard
-    normal values. It is applied to the activations as the fit saw them, that is divided by the neuron scale
-    where there is one; a token scores ``relu(direction · activations)``, a text its largest token. (There is
-    no encoder that would let directions compete for a token, as features do.)
+    See :func:`snmf_interp.dictionaries.random_groups`.
 
     Args, returns and errors are those of :func:`evaluate_features`; ``seed`` is that of the directions.
     """
     _check(activations, text_of, labels, train, factors)
-    Z = torch.as_tensor(factors.Z).cpu()
-    generator = torch.Generator().manual_seed(seed)
-    # Each column of the argsort is a permutation: so many of its entries are below the column's count.
-    support = torch.rand(Z.shape, generator=generator).argsort(0) < (Z != 0).sum(0)
-    directions = torch.randn(Z.shape, generator=generator) * support
-    if factors.neuron_scale is not None:
-        directions /= torch.as_tensor(factors.neuron_scale).cpu().float()[:, None]
-    projections = torch.cat([directions.T @ part.cpu().float().T for part in activations.split(_TOKENS)], 1)
-    return _halves(text_scores(projections.relu_(), text_of, len(labels)), labels, train)
+    return halves(random_groups(factors, seed=seed).scores(activations, text_of, len(labels)), labels, train)
 
 
 def best_neurons(
@@ -288,7 +282,7 @@ def best_neurons(
         index, start = text_of[:, None].expand(part.shape), part.new_zeros(len(labels), part.shape[1])
         highest = start.scatter_reduce(0, index, part, "amax", include_self=False)
         lowest = start.scatter_reduce(0, index, part, "amin", include_self=False)
-        found = _halves(torch.stack([highest, -lowest], 2).flatten(1).T, labels, train)
+        found = halves(torch.stack([highest, -lowest], 2).flatten(1).T, labels, train)
         best = found if best is None else _better(best, found, 2 * first)
     assert best is not None  # _check wants a neuron
     return best
@@ -373,8 +367,8 @@ def _check(
         )
 
 
-def _halves(scores: Tensor, labels: Sequence[str | None], train: Tensor) -> Detection:
-    """:func:`detection` of scores ``[k, n_texts]`` of both halves."""
+def halves(scores: Tensor, labels: Sequence[str | None], train: Tensor) -> Detection:
+    """:func:`detection` of the scores of all texts, ``[k, n_texts]``."""
     ours = [label for label, chosen in zip(labels, train.tolist(), strict=True) if chosen]
     theirs = [label for label, chosen in zip(labels, train.tolist(), strict=True) if not chosen]
     return detection(scores[:, train], ours, scores[:, ~train], theirs)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from . import hooks
 
 if TYPE_CHECKING:
     from .models import LanguageModel
+
+# Tokens among which a nucleus is looked for first.
+_NUCLEUS = 256
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    streams: Sequence[int] | None = None,
     batch_size: int = 32,
 ) -> list[list[Continuation]]:
     """Sample continuations with ``model.model.generate`` and its KV cache.
@@ -67,6 +71,8 @@ def generate(
         top_k: sample among this many likeliest tokens; 0 for all.
         top_p: sample among the fewest likeliest tokens that have this probability together.
         seed: of the noise.
+        streams: for each prompt the number that its noise is drawn by, by default its place: prompts of the same
+            number meet the same noise.
         batch_size: rows generated together.
 
     Returns:
@@ -88,12 +94,17 @@ def generate(
     encoded = [model.encode(text) for text in texts]
     if not all(encoded):
         raise ValueError(f"prompts: {texts[encoded.index([])]!r} has no token, and the model no start token")
+    if streams is not None and len(streams) != len(texts):
+        raise ValueError(f"streams: wanted one for each of {len(texts)} prompts, got {len(streams)}")
+    noise = range(len(texts)) if streams is None else streams
     rows = [(prompt, sample) for prompt in range(len(texts)) for sample in range(samples)]
     found: list[list[Continuation]] = [[] for _ in texts]
     for first in range(0, len(rows), batch_size):
         batch = rows[first : first + batch_size]
         ids, mask = hooks.pad([encoded[prompt] for prompt, _ in batch], side="left", pad_id=model.pad_id)
-        sampler = _Sampler(batch, seed, temperature, top_k, top_p)
+        sampler = _Sampler(
+            [(noise[prompt], sample) for prompt, sample in batch], seed, temperature, top_k, top_p
+        )
         for (prompt, _), new in zip(batch, _continue(model, ids, mask, sampler, max_new_tokens), strict=True):
             text: str = model.tokenizer.decode(
                 new, skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -128,7 +139,7 @@ def _continue(
         eos_token_id=sorted(ends) or None,
         pad_token_id=model.pad_id,
     )
-    with torch.inference_mode():
+    with torch.inference_mode(), hooks.contiguous_unembedding(model):
         output = model.model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
@@ -148,29 +159,55 @@ class _Sampler:
     def __init__(
         self, rows: Sequence[tuple[int, int]], seed: int, temperature: float, top_k: int, top_p: float
     ) -> None:
-        self.temperature = temperature
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.generators = [_generator(seed, *row) for row in rows]
-        self.warpers: list[Any] = []
-        if top_k and temperature:
-            from transformers import TopKLogitsWarper
-
-            self.warpers.append(TopKLogitsWarper(top_k))
-        if top_p < 1 and temperature:
-            from transformers import TopPLogitsWarper
-
-            self.warpers.append(TopPLogitsWarper(top_p))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not self.temperature:
             return scores
         scores = scores.float() / self.temperature
-        for warper in self.warpers:
-            scores = warper(input_ids, scores)
-        waits = torch.empty(scores.shape)
-        for row, generator in zip(waits, self.generators, strict=True):
-            row.exponential_(generator=generator)
-        # −ln of an exponential variable is a Gumbel one.
-        return scores - waits.log().to(scores.device)
+        # One number for each token of the vocabulary, whichever may be sampled: a token's noise is its own.
+        uniform = torch.empty(scores.shape)
+        for row, generator in zip(uniform, self.generators, strict=True):
+            row.uniform_(generator=generator)
+        uniform = uniform.to(scores.device)
+        if not self.top_k and self.top_p == 1:
+            return scores + _gumbel(uniform)
+        chosen = torch.full_like(scores, -math.inf)
+        for rows, values, tokens in _likeliest(scores, self.top_k, self.top_p):
+            noisy = values + _gumbel(uniform[rows].gather(1, tokens))
+            chosen[rows] = chosen[rows].scatter_(1, tokens, noisy)
+        return chosen
+
+
+def _likeliest(scores: Tensor, top_k: int, top_p: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Which tokens may be sampled: rows ``[r]``, and their scores and tokens ``[r, m]``, −inf for those left out.
+
+    A sort of the vocabulary would take most of the time of a step. The nucleus is nearly always small, so it is
+    looked for among few tokens first, and among more only in rows where these do not reach ``top_p``.
+    """
+    vocabulary = scores.shape[1]
+    rows = torch.arange(len(scores), device=scores.device)
+    count = min(top_k or _NUCLEUS, vocabulary)
+    total = scores.logsumexp(1, keepdim=True)
+    while len(rows):
+        values, tokens = scores[rows].topk(count)
+        if top_p == 1:
+            yield rows, values, tokens
+            return
+        # With top_k, shares of what it leaves.
+        shares = (values - (values.logsumexp(1, keepdim=True) if top_k else total[rows])).exp()
+        reached = shares.cumsum(1)
+        done = reached[:, -1] >= top_p
+        if top_k or count == vocabulary:
+            done[:] = True
+        yield rows[done], values.masked_fill(reached - shares >= top_p, -math.inf)[done], tokens[done]
+        rows, count = rows[~done], min(8 * count, vocabulary)
+
+
+def _gumbel(uniform: Tensor) -> Tensor:
+    """Gumbel noise from uniform numbers, multiples of 2⁻²⁴ from 0 up to 1; each stands for the middle of its step."""
+    return -(-(uniform.double() + 2**-25).log()).log().float()
 
 
 def _generator(*numbers: int) -> torch.Generator:

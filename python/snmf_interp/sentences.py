@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from .activations import collect
 from .answers import Request, ask_json
 from .concepts import text_scores
 from .evaluation import concept_detection_score
+from .intervals import bootstrap_mean
 from .texts import Sample
 
 if TYPE_CHECKING:
@@ -182,23 +182,3 @@ def detect_sentences(
     above = (values > 0).double()
     interval = bootstrap_mean(above, confidence=confidence, n_resamples=n_resamples, seed=seed)
     return SentenceDetection(index, values, float(above.mean()), interval, confidence, missing)
-
-
-def bootstrap_mean(
-    values: Tensor, *, confidence: float = 0.95, n_resamples: int = 9999, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of ``values [m]``; (NaN, NaN) for fewer than two values."""
-    from scipy.stats import bootstrap
-
-    if len(values) < 2:
-        return float("nan"), float("nan")
-    found = bootstrap(
-        (values.double().numpy(),),
-        np.mean,
-        confidence_level=confidence,
-        n_resamples=n_resamples,
-        batch=1000,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(found.low), float(found.high)

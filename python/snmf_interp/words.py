@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,12 +71,15 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
 
 def corpus_words(store: ActivationStore, model: LanguageModel) -> Counter[str]:
     """:func:`count_words` of the texts of a store."""
+    return count_words(stored_texts(store, model))
+
+
+def stored_texts(store: ActivationStore, model: LanguageModel) -> Iterator[str]:
+    """The texts of a store, decoded from their tokens without special ones."""
     corpus = store.corpus
-    texts = (
-        [token for token in corpus.tokens_of(i) if token not in model.special_ids]
-        for i in range(len(corpus.sample_ids))
-    )
-    return count_words(model.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in texts)
+    for sample in range(len(corpus.sample_ids)):
+        ids = [token for token in corpus.tokens_of(sample) if token not in model.special_ids]
+        yield model.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def log_odds(

@@ -12,6 +12,7 @@ import torch
 
 from snmf_interp import LanguageModel, collect
 from snmf_interp.answers import Answer, Request
+from snmf_interp.intervals import bootstrap_mean
 from snmf_interp.judging import KINDS, Judgement, gold_set, judge, parse_score, qualify
 from snmf_interp.labels import Label
 from snmf_interp.sentences import (

@@ -1,0 +1,371 @@
+"""A run's layer, taken apart by several methods on the same texts, and what each is worth: detection and steering.
+
+    trial = Trial.open(run, model, Plan(k=100, against=("diffmeans", "sae", "neuron", "random")))
+    trial.detect(12)                                  # [ConceptDetection], the first is SNMF's
+    for record in trial.steer(12, scorers, ("weather", "physics")):
+        ...
+
+Everything is fitted, matched and trained on half of the texts (``Plan.seed`` decides which). What is finished is kept
+in ``DIR/eval`` and is not done again:
+
+    plan.json                        the options that shape the numbers
+    unsteered.json                   the texts that steered ones are compared with
+    layer_6/snmf.safetensors         the factorisation of the training texts; others beside it
+    layer_6/sae-10/                  an autoencoder, as SAELens writes it
+    layer_6/matches.json             each method's best detectors of each concept, and how it detects
+    layer_6/steering/METHOD/CONCEPT.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import files
+from .autoencoders import AutoencoderDictionary, load_autoencoder, save_autoencoder, train_autoencoder
+from .detecting import ConceptDetection, detect_concepts, hard_negatives
+from .dictionaries import NeuronDictionary, difference_of_means, features, random_groups
+from .evaluation import auroc, shuffle_labels, split_texts
+from .generation import Continuation
+from .steering_protocol import Protocol, SteeringRecord, Unsteered, record_from_json, steer_concept, unsteered
+from .text_scoring import Scorer, concept_words
+from .texts import read_texts
+from .words import stored_texts
+
+if TYPE_CHECKING:
+    import snmf_kernels
+
+    from .dictionaries import Dictionary
+    from .models import LanguageModel
+    from .runs import Run
+
+FORMAT = 1
+# Other factorisations of the same size; they differ from the plan's in what they name.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "snmf-raw": {"neuron_scale": None},
+    "snmf-norefit": {"refit": False},
+    "snmf-sparse": {"refit": False, "max_active": 10},
+    "snmf-paper": {"solver": "mu", "neuron_scale": None, "init": "random", "max_iter": 1000},
+}
+RIVALS = ("diffmeans", "sae", "neuron", "random", "permuted", *VARIANTS)
+# The autoencoder of the plan's size is trained with each of these shares of its latents active, and with as many
+# as the factorisation has positive coefficients a token; what detects best on the training texts is taken.
+_ACTIVE_SHARES = (0.1, 0.3)
+_WORDS = "concept_words.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared; every field shapes the numbers.
+
+    Attributes:
+        k: features, and latents of the autoencoder.
+        against: rivals, of :data:`RIVALS`: ``diffmeans``, ``sae`` (one trained here), ``neuron``, ``random``,
+            ``permuted`` (SNMF with shuffled labels; detection only), and other factorisations.
+        sae: a published or saved autoencoder, see :func:`snmf_interp.autoencoders.load_autoencoder`; joins as
+            ``sae-public``. ``{layer}`` in it stands for the layer's number.
+        fit: further options of :func:`snmf_kernels.fit`, JSON values.
+        seed: of the division of the texts, the fits and the controls.
+        protocol: of steering.
+    """
+
+    k: int = 100
+    against: tuple[str, ...] = ("diffmeans", "neuron", "random")
+    sae: str | None = None
+    fit: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    protocol: Protocol = field(default_factory=Protocol)
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k: wanted at least 1, got {self.k}")
+        if unknown := [name for name in self.against if name not in RIVALS]:
+            raise ValueError(f"against: wanted some of {', '.join(RIVALS)}, got {unknown[0]!r}")
+        if len(set(self.against)) < len(self.against):
+            raise ValueError(f"against: wanted each rival once, got {', '.join(self.against)}")
+
+
+class Trial:
+    """A comparison in a run's folder; get one from :meth:`open`."""
+
+    def __init__(self, run: Run, model: LanguageModel, plan: Plan, folder: Path) -> None:
+        self.run, self.model, self.plan, self.folder = run, model, plan, folder
+        self._rivals: dict[int, list[Dictionary]] = {}
+
+    @classmethod
+    def open(cls, run: Run, model: LanguageModel, plan: Plan, *, overwrite: bool = False) -> Trial:
+        """Begin a comparison, or go on with it.
+
+        More rivals than before are added to what is there.
+
+        Args:
+            run: collected activations of labelled texts.
+            model: the model that they are of.
+            plan: what is compared.
+            overwrite: replace a comparison of another plan.
+
+        Raises:
+            ValueError: the texts have fewer than two labels, the model is another, or the folder has a comparison
+                of another plan.
+        """
+        import shutil
+
+        if model.fingerprint() != run.config["model"]["weights"]:
+            raise ValueError(
+                f"model: the weights of {model.name!r} are not those that {run.path} was collected from"
+            )
+        if len({label for label in run.store().corpus.labels if label is not None}) < 2:
+            raise ValueError(
+                f"texts: wanted texts of at least two labels, but {run.config['texts']['source']!r} has fewer; "
+                "collect from labelled texts, such as `concepts`"
+            )
+        folder = run.path / "eval"
+        wanted = json.loads(json.dumps(asdict(plan))) | {"format": FORMAT}
+        # Rivals do not depend on each other.
+        del wanted["against"]
+        if (folder / "plan.json").is_file():
+            there = files.read_versioned(folder / "plan.json", FORMAT)
+            differing = [name for name in wanted if there.get(name) != wanted[name]]
+            if differing and not overwrite:
+                name = differing[0]
+                raise ValueError(
+                    f"{folder} has a comparison with {name} = {there.get(name)}, not {wanted[name]}; use --overwrite "
+                    "(overwrite=True) to replace it, or another run folder"
+                )
+            if differing:
+                shutil.rmtree(folder)
+        folder.mkdir(exist_ok=True)
+        files.write_json(folder / "plan.json", wanted)
+        return cls(run, model, plan, folder)
+
+    @cached_property
+    def labels(self) -> list[str | None]:
+        """The label of each text."""
+        return self.run.store().corpus.labels
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The texts, from their tokens."""
+        return list(stored_texts(self.run.store(), self.model))
+
+    @cached_property
+    def train(self) -> Tensor:
+        """Which texts are training texts, ``[n_texts]`` bool."""
+        return split_texts(self.labels, seed=self.plan.seed)
+
+    @cached_property
+    def words(self) -> dict[str, tuple[str, ...]]:
+        """The words by which steered text is told to be about a concept; only concepts that have some.
+
+        For the bundled corpus a bundled list, written from the concepts' names before anything was steered: its
+        texts are too few and too varied to have words of their own. Else :func:`concept_words` of the training
+        texts, of concepts with at least three.
+        """
+        known = {label for label in self.labels if label is not None}
+        if self.run.config["texts"]["source"] == "concepts":
+            bundled = bundled_words()
+            return {name: words for name, words in bundled.items() if name in known}
+        found = concept_words(self.texts, self.labels, self.train)
+        return {name: words for name, words in found.items() if len(words) >= 3}
+
+    def rivals(self, layer: int) -> list[Dictionary]:
+        """SNMF and the plan's rivals, made on the training texts, in the plan's order."""
+        if layer in self._rivals:
+            return self._rivals[layer]
+        store = self.run.store()
+        activations, text_of = store.layer(layer), store.samples(layer)
+        ours = activations[self.train[text_of]]
+        factors = self._factors(layer, "snmf", ours, {})
+        found: list[Dictionary] = [features(factors)]
+        for name in self.plan.against:
+            if name == "diffmeans":
+                found.append(difference_of_means(activations, text_of, self.labels, self.train))
+            elif name == "neuron":
+                found.append(NeuronDictionary(activations.shape[1]))
+            elif name == "random":
+                found.append(random_groups(factors, seed=self.plan.seed))
+            elif name == "sae":
+                found.append(self._autoencoder(layer, factors, activations, text_of))
+            elif name in VARIANTS:
+                found.append(features(self._factors(layer, name, ours, VARIANTS[name]), name))
+        if self.plan.sae is not None:
+            public = load_autoencoder(self.plan.sae.replace("{layer}", str(layer)), self.model, layer)
+            found.append(AutoencoderDictionary(public.sae, "sae-public", None, public.output, public.write))
+        self._rivals = {layer: found}
+        return found
+
+    def detect(self, layer: int) -> list[ConceptDetection]:
+        """How each method detects the concepts of the held-out texts; SNMF first, ``permuted`` last."""
+        store = self.run.store()
+        activations, text_of = store.layer(layer), store.samples(layer)
+        hard = hard_negatives(self.texts, self.labels, self.train)
+        rows, matches = [], {}
+        for rival in self.rivals(layer):
+            scores = rival.scores(activations, text_of, len(self.labels))
+            rows.append(
+                detect_concepts(rival, activations, text_of, self.labels, self.train, hard, scores=scores)
+            )
+            matches[rival.name] = self._best(rival, scores)
+            if rival.name == "snmf" and "permuted" in self.plan.against:
+                shuffled = shuffle_labels(self.labels, self.train, seed=self.plan.seed)
+                control = detect_concepts(
+                    rival, activations, text_of, shuffled, self.train,
+                    hard_negatives(self.texts, shuffled, self.train), scores=scores,
+                )  # fmt: skip
+                permuted = ConceptDetection(
+                    "permuted", control.size, control.detection, control.hard_auroc, control.s_cd
+                )
+        if "permuted" in self.plan.against:
+            rows.append(permuted)
+        path = self.folder / f"layer_{layer}" / "matches.json"
+        there = files.read_versioned(path, FORMAT)["matches"] if path.is_file() else {}
+        files.write_json(path, {"format": FORMAT, "matches": there | matches})
+        return rows
+
+    def steer(
+        self,
+        layer: int,
+        scorers: Sequence[Scorer],
+        concepts: Sequence[str],
+        *,
+        before: Callable[[str, str], None] | None = None,
+    ) -> Iterator[SteeringRecord]:
+        """Each method's attempt to steer to each concept, concept by concept; see :func:`steer_concept`.
+
+        Args:
+            layer: a collected layer.
+            scorers: who scores the texts.
+            concepts: labels that the scorers know.
+            before: called with method and concept of each attempt that has not been made before.
+
+        Raises:
+            ValueError: a concept is not among those of the training texts.
+        """
+        path = self.folder / f"layer_{layer}" / "matches.json"
+        rivals = self.rivals(layer)
+        matches = files.read_versioned(path, FORMAT)["matches"] if path.is_file() else {}
+        if any(rival.name not in matches for rival in rivals):
+            self.detect(layer)
+            matches = files.read_versioned(path, FORMAT)["matches"]
+        if unknown := [name for name in concepts if name not in matches["snmf"]]:
+            raise ValueError(f"concepts: {unknown[0]!r} is no label of the training texts")
+        names = {scorer.name for scorer in scorers}
+        for concept in concepts:
+            for rival in rivals:
+                done = self.folder / f"layer_{layer}" / "steering" / rival.name / f"{concept}.json"
+                if done.is_file():
+                    record = record_from_json(files.read_json(done))
+                    if names <= set(record.results):
+                        yield record
+                        continue
+                if before:
+                    before(rival.name, concept)
+                record = steer_concept(
+                    self.model,
+                    layer,
+                    rival,
+                    [(index, area) for index, area in matches[rival.name][concept]],
+                    concept,
+                    scorers,
+                    self.plan.protocol,
+                    self.plain,
+                    words=self.words.get(concept, ()),
+                    permuted=concepts,
+                )
+                done.parent.mkdir(parents=True, exist_ok=True)
+                files.write_json(done, asdict(record))
+                yield record
+
+    @cached_property
+    def plain(self) -> Unsteered:
+        """The texts that the model writes without steering."""
+        path = self.folder / "unsteered.json"
+        if not path.is_file():
+            files.write_json(path, {"format": FORMAT} | asdict(unsteered(self.model, self.plan.protocol)))
+        there = files.read_versioned(path, FORMAT)
+        return Unsteered(
+            *(
+                tuple(
+                    Continuation(one["prompt"], one["text"], tuple(one["token_ids"])) for one in there[half]
+                )
+                for half in ("choosing", "reporting")
+            )
+        )
+
+    def _best(self, rival: Dictionary, scores: Tensor) -> dict[str, list[tuple[int, float]]]:
+        """Each concept's best directions by AUROC on training texts, the lowest index first among equals."""
+        ours = [label for label, chosen in zip(self.labels, self.train.tolist(), strict=True) if chosen]
+        names, areas = auroc(scores[:, self.train], ours)
+        found = {}
+        for column, name in enumerate(names):
+            if rival.concepts is not None:
+                order = [rival.concepts.index(name)]
+            else:
+                # A stable sort, so that ties are broken by index.
+                order = areas[:, column].argsort(descending=True, stable=True).tolist()
+            found[name] = [
+                (index, float(areas[index, column])) for index in order[: self.plan.protocol.candidates]
+            ]
+        return found
+
+    def _factors(
+        self, layer: int, name: str, ours: Tensor, options: Mapping[str, Any]
+    ) -> snmf_kernels.Factorization:
+        import snmf_kernels
+
+        path = self.folder / f"layer_{layer}" / f"{name}.safetensors"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            chosen: dict[str, Any] = {"neuron_scale": "rms", "seed": self.plan.seed} | dict(self.plan.fit) | dict(options)
+            snmf_kernels.fit(ours.float().T, self.plan.k, **chosen).save(path)
+        return snmf_kernels.Factorization.load(path)
+
+    def _autoencoder(
+        self, layer: int, factors: snmf_kernels.Factorization, activations: Tensor, text_of: Tensor
+    ) -> AutoencoderDictionary:
+        """Of autoencoders of several sparsities the one that detects best on the training texts."""
+        k = self.plan.k
+        same = round(float((torch.as_tensor(factors.Y) > 0).float().sum(0).mean()))
+        scale = None if factors.neuron_scale is None else torch.as_tensor(factors.neuron_scale).cpu().float()
+        ours = self.train[text_of]
+        labels = [label for label, chosen in zip(self.labels, self.train.tolist(), strict=True) if chosen]
+        best: tuple[float, AutoencoderDictionary] | None = None
+        for active in sorted(
+            {min(max(1, count), k) for count in (*(round(s * k) for s in _ACTIVE_SHARES), same)}
+        ):
+            folder = self.folder / f"layer_{layer}" / f"sae-{active}"
+            if not folder.is_dir():
+                trained = train_autoencoder(
+                    activations[ours].T, k, active=active, neuron_scale=scale, seed=self.plan.seed
+                )
+                save_autoencoder(trained, folder)
+            rival = AutoencoderDictionary(load_autoencoder(str(folder)).sae, scale=scale)
+            scores = rival.scores(activations, text_of, len(self.labels))
+            value = float(auroc(scores[:, self.train], labels)[1].amax(0).mean())
+            if best is None or value > best[0]:
+                best = value, rival
+        assert best is not None  # there is at least one sparsity
+        return best[1]
+
+
+def bundled_words() -> dict[str, tuple[str, ...]]:
+    """For most concepts of the bundled corpus the words by which text is told to be about them."""
+    text = resources.files("snmf_interp.data").joinpath(_WORDS).read_text(encoding="utf-8")
+    return {name: tuple(words.split()) for name, words in json.loads(text).items()}
+
+
+def collect_run(
+    folder: Path, model: LanguageModel, layers: str, source: str = "concepts", **options: Any
+) -> Run:
+    """The run in a folder, collected if it is not there or lacks a layer; see :meth:`Run.collect`."""
+    from .runs import Run
+
+    return Run.collect(folder, model, read_texts(source), layers, texts=source, **options)

@@ -1,0 +1,443 @@
+"""The paper's steering test for any direction: seven divergences, both signs, sampled text, and a score.
+
+    protocol = Protocol()
+    plain = unsteered(model, protocol)
+    record = steer_concept(model, 12, rival, [(7, 0.93), (41, 0.88)], "weather", [scorer], protocol, plain)
+    record.results["words"].gain             # score above that of unsteered text, on prompts not used for choosing
+
+What is chosen (the direction among a method's best detectors, the sign, the divergence) is chosen on half of the
+prompts and reported on the other half. Source: Shafran, Geiger & Geva (arXiv:2506.10920), who report the best
+strength on the prompt that it was found on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import hooks
+from .generation import Continuation, generate
+from .steering import Intervention, steer
+from .strengths import KL_TARGETS, PROMPTS, solve_strengths
+from .text_scoring import Scorer, TextScore, mean_score
+
+if TYPE_CHECKING:
+    from .dictionaries import Dictionary
+    from .models import LanguageModel
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is generated and how; the defaults are the paper's where it says.
+
+    Attributes:
+        targets: divergences in nats.
+        choosing, reporting: prompts on which strengths are found and everything is chosen, and other prompts on
+            which the result is reported.
+        samples: continuations of each choosing prompt at each divergence and sign; with four prompts two make
+            the paper's eight texts.
+        report_samples: continuations of each reporting prompt at what was chosen.
+        max_new_tokens, temperature, top_p, seed: see :func:`snmf_interp.generate`.
+        both_signs: whether texts are written for both signs, as in the paper; else for the one that makes the
+            concept's words likelier at ``screen_kl``.
+        candidates: how many of a method's best detectors are tried.
+        screen_kl: the divergence at which they are compared by how likely they make the concept's words.
+        batch_size: texts generated together.
+    """
+
+    targets: tuple[float, ...] = KL_TARGETS
+    choosing: tuple[str, ...] = PROMPTS[0::2]
+    reporting: tuple[str, ...] = PROMPTS[1::2]
+    samples: int = 2
+    report_samples: int = 8
+    max_new_tokens: int = 50
+    temperature: float = 1.0
+    top_p: float = 0.9
+    seed: int = 0
+    both_signs: bool = True
+    candidates: int = 3
+    screen_kl: float = 0.25
+    batch_size: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "report_samples", "max_new_tokens", "candidates", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        for name in ("choosing", "reporting"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: wanted at least one prompt, got none")
+        if both := set(self.choosing) & set(self.reporting):
+            raise ValueError(
+                f"reporting: wanted prompts that are not chosen on, got {sorted(both)[0]!r} in both"
+            )
+
+    def texts(self, model: LanguageModel, prompts: Sequence[str], samples: int) -> list[list[Continuation]]:
+        """Continuations under whatever steering is in force."""
+        return generate(model, prompts, samples=samples, batch_size=self.batch_size, **self._sampling())
+
+    def steered(
+        self,
+        model: LanguageModel,
+        layer: int,
+        direction: Tensor,
+        strengths: Sequence[float],
+        prompts: Sequence[str],
+        samples: int,
+    ) -> list[list[Continuation]]:
+        """Continuations of all prompts for each strength, prompt by prompt; the noise is that of :meth:`texts`."""
+        together = max(1, self.batch_size // (len(prompts) * samples))
+        found: list[list[Continuation]] = []
+        for first in range(0, len(strengths), together):
+            part = strengths[first : first + together]
+            rows = torch.tensor(part).repeat_interleave(len(prompts) * samples)
+            with steer(model, {layer: Intervention(direction, "add", rows)}):
+                texts = generate(
+                    model,
+                    list(prompts) * len(part),
+                    samples=samples,
+                    streams=list(range(len(prompts))) * len(part),
+                    batch_size=len(rows),
+                    **self._sampling(),
+                )
+            flat = [one for row in texts for one in row]
+            size = len(prompts) * samples
+            found += [flat[i * size : (i + 1) * size] for i in range(len(part))]
+        return found
+
+    def _sampling(self) -> dict[str, Any]:
+        names = ("max_new_tokens", "temperature", "top_p", "seed")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Unsteered:
+    """What the model writes without steering, on both halves of the prompts, prompt by prompt."""
+
+    choosing: tuple[Continuation, ...]
+    reporting: tuple[Continuation, ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A direction that was considered.
+
+    Attributes:
+        index: in its dictionary.
+        train_auroc: as a detector of the concept on training texts.
+        effect: by how much the log-probability of the concept's words rises at ``screen_kl``, the better of the
+            two signs, averaged over the choosing prompts; None where there was nothing to choose.
+        sign: the better one; None likewise.
+    """
+
+    index: int
+    train_auroc: float
+    effect: float | None = None
+    sign: int | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One divergence and sign on the choosing prompts.
+
+    Attributes:
+        target, sign, strength, kl, reached: see :class:`snmf_interp.Strength`.
+        scores: by scorer the mean score of its texts, None if none could be scored.
+        texts: the continuations without their prompts; empty where the strength is that of an earlier cell.
+    """
+
+    target: float
+    sign: int
+    strength: float
+    kl: float
+    reached: bool
+    scores: dict[str, float | None]
+    texts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one scorer says of the cell that it chose, on the reporting prompts.
+
+    Attributes:
+        target, sign, strength: of the cell.
+        kl: the divergence at its strength on the reporting prompts.
+        score, concept, fluency: means over the texts that could be scored, None if none could.
+        baseline: the mean score of the unsteered texts, for the same concept.
+        permuted: the control: the mean over the other concepts of how far the same texts are above unsteered ones
+            as texts on *those*; None where it was not asked for.
+        missing: the share of texts without a score.
+        texts: the continuations without their prompts.
+    """
+
+    target: float
+    sign: int
+    strength: float
+    kl: float
+    score: float | None
+    concept: float | None
+    fluency: float | None
+    baseline: float | None
+    permuted: float | None
+    missing: float
+    texts: tuple[str, ...]
+
+    @property
+    def gain(self) -> float | None:
+        """The score above that of unsteered text."""
+        return None if self.score is None or self.baseline is None else self.score - self.baseline
+
+
+@dataclass(frozen=True)
+class SteeringRecord:
+    """One method's attempt to steer to one concept at one layer."""
+
+    layer: int
+    method: str
+    concept: str
+    candidates: tuple[Candidate, ...]
+    chosen: int
+    cells: tuple[Cell, ...]
+    results: dict[str, Outcome] = field(default_factory=dict)
+
+
+def unsteered(model: LanguageModel, protocol: Protocol) -> Unsteered:
+    """The texts that steered ones are compared with; they meet the same noise."""
+    halves = [
+        tuple(one for row in protocol.texts(model, prompts, samples) for one in row)
+        for prompts, samples in (
+            (protocol.choosing, protocol.samples),
+            (protocol.reporting, protocol.report_samples),
+        )
+    ]
+    return Unsteered(*halves)
+
+
+def steer_concept(
+    model: LanguageModel,
+    layer: int,
+    dictionary: Dictionary,
+    candidates: Sequence[tuple[int, float]],
+    concept: str,
+    scorers: Sequence[Scorer],
+    protocol: Protocol,
+    plain: Unsteered,
+    *,
+    words: Sequence[str] = (),
+    permuted: Sequence[str] = (),
+) -> SteeringRecord:
+    """Try to make the model write about a concept with a method's directions, at the input of a down projection.
+
+    1. Of ``candidates`` the one that makes the concept's words likeliest at ``screen_kl``, either sign.
+    2. Strengths for each divergence and sign (:func:`snmf_interp.solve_strengths`) on the choosing prompts.
+    3. Texts at each; for each scorer the cell of highest mean score, the smaller divergence among equals.
+    4. Texts on the reporting prompts at what was chosen, scored.
+
+    Args:
+        model: the model.
+        layer: which layer is steered.
+        dictionary: the method.
+        candidates: ``(index, AUROC on training texts)``, best first.
+        concept: its name, as the scorers know it.
+        scorers: each chooses for itself.
+        protocol: the options.
+        plain: :func:`unsteered` of the same model and protocol.
+        words: the concept's words, for step 1; without any the first candidate is taken.
+        permuted: other concepts that every scorer but a judge scores the reported texts for.
+
+    Raises:
+        ValueError: there is no candidate or scorer.
+    """
+    if not candidates:
+        raise ValueError(f"candidates: wanted at least one for {concept!r}, got none")
+    if not scorers:
+        raise ValueError("scorers: wanted at least one, got none")
+    considered = _screen(model, layer, dictionary, candidates[: protocol.candidates], words, protocol)
+    chosen = max(considered, key=lambda one: float("-inf") if one.effect is None else one.effect)
+    direction = dictionary.direction(chosen.index)
+    found = solve_strengths(
+        model,
+        layer,
+        direction,
+        protocol.targets,
+        protocol.choosing,
+        signs=(1, -1) if protocol.both_signs or chosen.sign is None else (chosen.sign,),
+        batch_size=protocol.batch_size,
+    )
+    # Targets that are not reached share one strength.
+    distinct = list(dict.fromkeys(one.strength for one in found))
+    texts = dict(
+        zip(
+            distinct,
+            protocol.steered(model, layer, direction, distinct, protocol.choosing, protocol.samples),
+            strict=True,
+        )
+    )
+    scores = {
+        strength: {scorer.name: mean_score(scorer.score(texts[strength], concept)) for scorer in scorers}
+        for strength in distinct
+    }
+    cells, shown = [], set()
+    for one in found:
+        fresh = one.strength not in shown
+        shown.add(one.strength)
+        kept = tuple(text.text for text in texts[one.strength]) if fresh else ()
+        cells.append(
+            Cell(one.target, one.sign, one.strength, one.kl, one.reached, scores[one.strength], kept)
+        )
+    best = {scorer.name: _best(cells, scorer.name) for scorer in scorers}
+    wanted = list(dict.fromkeys(cell.strength for cell in best.values()))
+    reported = dict(
+        zip(
+            wanted,
+            protocol.steered(model, layer, direction, wanted, protocol.reporting, protocol.report_samples),
+            strict=True,
+        )
+    )
+    kl = dict(zip(wanted, divergences(model, layer, direction, wanted, protocol), strict=True))
+    results = {
+        scorer.name: _outcome(
+            scorer,
+            best[scorer.name],
+            kl[best[scorer.name].strength],
+            reported[best[scorer.name].strength],
+            plain.reporting,
+            concept,
+            permuted,
+        )
+        for scorer in scorers
+    }
+    return SteeringRecord(
+        layer, dictionary.name, concept, tuple(considered), chosen.index, tuple(cells), results
+    )
+
+
+def divergences(
+    model: LanguageModel, layer: int, direction: Tensor, strengths: Sequence[float], protocol: Protocol
+) -> list[float]:
+    """The divergence of the next token in nats at each strength, averaged over the reporting prompts."""
+    reference = _next_token(model, protocol.reporting)
+    found = []
+    for strength in strengths:
+        with steer(model, {layer: direction}, strength=strength):
+            moved = _next_token(model, protocol.reporting)
+        terms = reference.exp() * (reference - moved)
+        found.append(float(torch.where(reference.isinf(), 0, terms).sum(1).clamp_min(0).mean()))
+    return found
+
+
+def _screen(
+    model: LanguageModel,
+    layer: int,
+    dictionary: Dictionary,
+    candidates: Sequence[tuple[int, float]],
+    words: Sequence[str],
+    protocol: Protocol,
+) -> list[Candidate]:
+    """How far each candidate raises the probability of the concept's words."""
+    if not words or (len(candidates) == 1 and protocol.both_signs):
+        return [Candidate(index, area) for index, area in candidates]
+    firsts = torch.tensor(sorted({_first_token(model, word) for word in words}))
+    before = _next_token(model, protocol.choosing)[:, firsts].logsumexp(1)
+    considered = []
+    for index, area in candidates:
+        direction = dictionary.direction(index)
+        effects = []
+        for one in solve_strengths(
+            model,
+            layer,
+            direction,
+            (protocol.screen_kl,),
+            protocol.choosing,
+            tolerance=0.1,
+            batch_size=protocol.batch_size,
+        ):
+            with steer(model, {layer: direction}, strength=one.strength):
+                after = _next_token(model, protocol.choosing)[:, firsts].logsumexp(1)
+            effects.append((float((after - before).mean()), one.sign))
+        considered.append(Candidate(index, area, *max(effects)))
+    return considered
+
+
+def _next_token(model: LanguageModel, prompts: Sequence[str]) -> Tensor:
+    """Log-probabilities of the next token, ``[prompts, vocabulary]`` float32 on the CPU."""
+    ids, mask = hooks.pad([model.encode(prompt) for prompt in prompts], side="left", pad_id=model.pad_id)
+    logits = hooks.forward(model, ids, mask, last_only=True).logits[:, -1]
+    return logits.float().log_softmax(-1).cpu()
+
+
+def _first_token(model: LanguageModel, word: str) -> int:
+    """The first token of a word inside a sentence."""
+    ids = model.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+    # Some tokenizers set the space apart.
+    first = next((i for i in ids if model.token_text(i).strip()), ids[0])
+    return int(first)
+
+
+def _best(cells: Sequence[Cell], scorer: str) -> Cell:
+    def value(cell: Cell) -> tuple[float, float]:
+        score = cell.scores[scorer]
+        return (-1.0 if score is None else score, -cell.target)
+
+    return max(cells, key=value)
+
+
+def _outcome(
+    scorer: Scorer,
+    cell: Cell,
+    kl: float,
+    texts: Sequence[Continuation],
+    plain: Sequence[Continuation],
+    concept: str,
+    permuted: Sequence[str],
+) -> Outcome:
+    scores = scorer.score(texts, concept, complete=True)
+    others = [name for name in permuted if name != concept] if scorer.name != "judge" else []
+    gains = [
+        gain
+        for name in others
+        if (gain := _difference(mean_score(scorer.score(texts, name)), mean_score(scorer.score(plain, name))))
+        is not None
+    ]
+    return Outcome(
+        cell.target,
+        cell.sign,
+        cell.strength,
+        kl,
+        mean_score(scores),
+        _mean([one.concept for one in scores]),
+        _mean([one.fluency for one in scores]),
+        mean_score(scorer.score(plain, concept)),
+        sum(gains) / len(gains) if gains else None,
+        _missing(scores),
+        tuple(one.text for one in texts),
+    )
+
+
+def _difference(one: float | None, two: float | None) -> float | None:
+    return None if one is None or two is None else one - two
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _missing(scores: Sequence[TextScore]) -> float:
+    return sum(one.score is None for one in scores) / len(scores)
+
+
+def record_from_json(content: Mapping[str, Any]) -> SteeringRecord:
+    """What :func:`dataclasses.asdict` made of a record, after JSON."""
+    return SteeringRecord(
+        content["layer"],
+        content["method"],
+        content["concept"],
+        tuple(Candidate(**one) for one in content["candidates"]),
+        content["chosen"],
+        tuple(Cell(**one | {"texts": tuple(one["texts"])}) for one in content["cells"]),
+        {name: Outcome(**one | {"texts": tuple(one["texts"])}) for name, one in content["results"].items()},
+    )
