@@ -17,6 +17,7 @@ from rich.text import Text
 
 from . import (
     compare_command,
+    eval_command,
     label_command,
     provenance_command,
     report_command,
@@ -468,6 +469,8 @@ def steer(
 
 
 _command("label")(label_command.label)
+_command("detect")(eval_command.detect)
+_command("eval")(eval_command.evaluate)
 _command("report")(report_command.report)
 
 

@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from . import terminal
+from . import files, terminal
 from .arguments import DeviceOption, ModelArgument, RevisionOption, RunArgument, TrustOption
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ def compare(
     Both checkpoints must make the same tokens. The other's activations are kept in DIR/compare; the same command
     resumes. A residual that rises says that MODEL does something that no feature of this run stands for.
     """
-    from . import files
     from .compare import compare_stores
     from .runs import Run
 
@@ -210,13 +209,4 @@ def _as_dict(difference: Difference, run: Run, model: LanguageModel) -> dict[str
         "second": model.name,
         "second_weights": model.fingerprint(),
     }
-    # JSON has no NaN.
-    return names | _finite(asdict(difference))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
+    return names | files.finite(asdict(difference))

@@ -126,3 +126,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: wanted a JSON object, got {type(content).__name__}")
     return content
+
+
+def finite(value: Any) -> Any:
+    """A copy of nested mappings and lists with None in place of NaN, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and value != value else value

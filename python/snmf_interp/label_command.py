@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from . import terminal
+from . import llm_options, terminal
 from .arguments import DeviceOption, RunArgument
+from .llm_options import BaseUrlOption, ConcurrencyOption, LlmOption, LocalOption, ParameterOption
 
 if TYPE_CHECKING:
     from .labels import Label
@@ -25,34 +26,17 @@ def label(
     layer: Annotated[
         int | None, typer.Option(help="Which layer.", show_default="every factorised one")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="A model behind an OpenAI-compatible endpoint; the key is read from OPENAI_API_KEY.",
-            show_default="SNMF_LLM_MODEL, where --base-url is given",
-        ),
-    ] = None,
-    base_url: Annotated[
-        str | None,
-        typer.Option(
-            help="The endpoint, such as http://localhost:8000/v1.",
-            show_default="OPENAI_BASE_URL, else OpenAI's",
-        ),
-    ] = None,
-    local: Annotated[
-        str | None, typer.Option(help="A Hugging Face chat model to ask in this process instead.")
-    ] = None,
+    model: LlmOption = None,
+    base_url: BaseUrlOption = None,
+    local: LocalOption = None,
     side: Annotated[
         str, typer.Option(help="input (what it fires on), output (what it makes likelier), or both.")
     ] = "both",
     limit: Annotated[
         int | None, typer.Option(help="Label only so many of the clearest features.", show_default="all")
     ] = None,
-    concurrency: Annotated[int, typer.Option(help="Most requests under way at once.")] = 8,
-    parameter: Annotated[
-        list[str] | None,
-        typer.Option(help="A field of every request, such as temperature=1; =null leaves a default out."),
-    ] = None,
+    concurrency: ConcurrencyOption = 8,
+    parameter: ParameterOption = None,
     top: Annotated[int, typer.Option(help="Features to show per layer, clearest first.")] = 20,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a line for every label, instead of a table.")
@@ -78,7 +62,7 @@ def label(
     chosen = opened.fitted if layer is None else [layer]
     if not chosen:
         raise FileNotFoundError(f"{run} has no factorised layer yet: `snmf fit {run}`")
-    llm = _model(opened, model, base_url, local, concurrency, _parameters(parameter), device)
+    llm = llm_options.chosen(opened.answers, model, base_url, local, concurrency, parameter, device)
     screen = terminal.console()
 
     @functools.cache
@@ -118,48 +102,6 @@ def label(
             ),
             soft_wrap=True,
         )
-
-
-def _model(
-    run: Any,
-    model: str | None,
-    base_url: str | None,
-    local: str | None,
-    concurrency: int,
-    parameters: dict[str, Any],
-    device: str | None,
-) -> OpenAIModel | LocalModel | None:
-    """Who names the features, or None for words alone."""
-    from .llm import LocalModel, OpenAIModel
-
-    if parameters and model is None and base_url is None:
-        raise ValueError("--parameter is a field of requests to an endpoint; it needs --model or --base-url")
-    if local is not None:
-        if model is not None or base_url is not None:
-            raise ValueError(
-                "--local: a model in this process has no --model or --base-url; give one of them"
-            )
-        with terminal.waiting(f"loading {local}"):
-            return LocalModel.load(local, device=device, cache=run.answers)
-    if model is None and base_url is None:
-        return None
-    return OpenAIModel(
-        model, base_url=base_url, cache=run.answers, concurrency=concurrency, parameters=parameters
-    )
-
-
-def _parameters(given: list[str] | None) -> dict[str, Any]:
-    """``["temperature=1", "top_p=null"]`` as a dictionary; what is not JSON is text."""
-    parameters: dict[str, Any] = {}
-    for part in given or []:
-        name, equals, value = part.partition("=")
-        if not equals or not name:
-            raise ValueError(f"--parameter: wanted name=value, got {part!r}")
-        try:
-            parameters[name] = json.loads(value)
-        except json.JSONDecodeError:
-            parameters[name] = value
-    return parameters
 
 
 def _summary(screen: Any, layer: int, labels: list[Label], seconds: float) -> None:

@@ -199,7 +199,7 @@ class Trial:
         if self.plan.sae is not None:
             public = load_autoencoder(self.plan.sae.replace("{layer}", str(layer)), self.model, layer)
             found.append(AutoencoderDictionary(public.sae, "sae-public", None, public.output, public.write))
-        self._rivals = {layer: found}
+        self._rivals[layer] = found
         return found
 
     def detect(self, layer: int) -> list[ConceptDetection]:
@@ -236,6 +236,7 @@ class Trial:
         scorers: Sequence[Scorer],
         concepts: Sequence[str],
         *,
+        permuted: Sequence[str] | None = None,
         before: Callable[[str, str], None] | None = None,
     ) -> Iterator[SteeringRecord]:
         """Each method's attempt to steer to each concept, concept by concept; see :func:`steer_concept`.
@@ -244,6 +245,7 @@ class Trial:
             layer: a collected layer.
             scorers: who scores the texts.
             concepts: labels that the scorers know.
+            permuted: concepts of the control, see :func:`steer_concept`; by default ``concepts``.
             before: called with method and concept of each attempt that has not been made before.
 
         Raises:
@@ -278,7 +280,7 @@ class Trial:
                     self.plan.protocol,
                     self.plain,
                     words=self.words.get(concept, ()),
-                    permuted=concepts,
+                    permuted=concepts if permuted is None else permuted,
                 )
                 done.parent.mkdir(parents=True, exist_ok=True)
                 files.write_json(done, asdict(record))
@@ -324,7 +326,9 @@ class Trial:
         path = self.folder / f"layer_{layer}" / f"{name}.safetensors"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            chosen: dict[str, Any] = {"neuron_scale": "rms", "seed": self.plan.seed} | dict(self.plan.fit) | dict(options)
+            chosen: dict[str, Any] = (
+                {"neuron_scale": "rms", "seed": self.plan.seed} | dict(self.plan.fit) | dict(options)
+            )
             snmf_kernels.fit(ours.float().T, self.plan.k, **chosen).save(path)
         return snmf_kernels.Factorization.load(path)
 

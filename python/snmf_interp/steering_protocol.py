@@ -338,9 +338,9 @@ def _screen(
     protocol: Protocol,
 ) -> list[Candidate]:
     """How far each candidate raises the probability of the concept's words."""
-    if not words or (len(candidates) == 1 and protocol.both_signs):
+    firsts = torch.tensor(sorted(_first_tokens(model, words)), dtype=torch.int64)
+    if not len(firsts) or (len(candidates) == 1 and protocol.both_signs):
         return [Candidate(index, area) for index, area in candidates]
-    firsts = torch.tensor(sorted({_first_token(model, word) for word in words}))
     before = _next_token(model, protocol.choosing)[:, firsts].logsumexp(1)
     considered = []
     for index, area in candidates:
@@ -369,12 +369,16 @@ def _next_token(model: LanguageModel, prompts: Sequence[str]) -> Tensor:
     return logits.float().log_softmax(-1).cpu()
 
 
-def _first_token(model: LanguageModel, word: str) -> int:
-    """The first token of a word inside a sentence."""
-    ids = model.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
-    # Some tokenizers set the space apart.
-    first = next((i for i in ids if model.token_text(i).strip()), ids[0])
-    return int(first)
+def _first_tokens(model: LanguageModel, words: Sequence[str]) -> set[int]:
+    """The first tokens of words inside a sentence, as they are given and with a capital; none that is special."""
+    found = set()
+    for spelling in dict.fromkeys(form for word in words for form in (word, word.capitalize())):
+        ids = model.tokenizer(f" {spelling}", add_special_tokens=False)["input_ids"]
+        # Some tokenizers set the space apart.
+        first = next((i for i in ids if model.token_text(i).strip()), None)
+        if first is not None and first not in model.special_ids:
+            found.add(int(first))
+    return found
 
 
 def _best(cells: Sequence[Cell], scorer: str) -> Cell:

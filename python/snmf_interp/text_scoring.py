@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 # A word of a concept is commoner in its texts than elsewhere by two standard deviations; of a few texts, no more
 # words than these are worth having.
 _LEAST_Z, _MOST_WORDS = 2.0, 20
+# The prior weighs a quarter of the concept's words, so that few texts have words too, and no more than this many.
+_MOST_PRIOR = 500.0
 # Runs of this many words that come again count as repetition.
 _RUN = 3
 
@@ -106,7 +108,8 @@ def concept_words(
         own = [texts[i] for i in usable if labels[i] == name]
         counts = count_words(own)
         spread = count_words(" ".join(dict.fromkeys(map(str.casefold, split_words(text)))) for text in own)
-        z = log_odds(counts, corpus)
+        z = log_odds(counts, corpus, prior=min(_MOST_PRIOR, sum(counts.values()) / 4))
+        z = log_odds(counts, corpus, prior=min(_MOST_PRIOR, sum(counts.values()) / 4))
         kept = [
             word
             for word in counts

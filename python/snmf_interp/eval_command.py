@@ -1,0 +1,458 @@
+"""``snmf eval`` and ``snmf detect``: a run's features against other methods, on equal terms."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tqdm.auto import tqdm
+
+from . import files, llm_options, terminal
+from .arguments import DeviceOption, RunArgument
+from .llm_options import BaseUrlOption, ConcurrencyOption, LlmOption, LocalOption, ParameterOption
+
+if TYPE_CHECKING:
+    from .detecting import DetectionSummary, Interval
+    from .models import LanguageModel
+    from .rivals import Trial
+    from .runs import Run
+    from .steering_protocol import SteeringRecord
+    from .text_scoring import Scorer
+    from .trial_report import SteeringSummary
+
+AgainstOption = Annotated[
+    str,
+    typer.Option(
+        help="Rivals: diffmeans, sae (trained here; needs the sae extra), neuron, random, permuted, and other "
+        "fits: snmf-raw, snmf-norefit, snmf-sparse, snmf-paper."
+    ),
+]
+
+
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(metavar="MODEL|DIR", help="A model, or a run's folder with labelled texts.")
+    ],
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Such as 10,20.",
+            show_default="a run's own; of a model those at a third, two thirds and nine tenths",
+        ),
+    ] = None,
+    k: Annotated[int, typer.Option(help="Features, and latents of the autoencoder.")] = 100,
+    against: AgainstOption = "diffmeans,neuron,random",
+    concepts: Annotated[
+        str, typer.Option(help="How many concepts to steer to, drawn at random; or their labels; or 0.")
+    ] = "8",
+    texts: Annotated[
+        str, typer.Option(help="For a MODEL: labelled texts, as for snmf collect.")
+    ] = "concepts",
+    out: Annotated[
+        Path | None, typer.Option(help="For a MODEL: the run's folder.", show_default="results/MODEL-eval")
+    ] = None,
+    sae: Annotated[
+        str | None,
+        typer.Option(
+            help="A published autoencoder too: RELEASE/SAE_ID of SAELens, or a folder; {layer} is filled in."
+        ),
+    ] = None,
+    neuron_scale: Annotated[str, typer.Option(help="Of SNMF: rms or none.")] = "rms",
+    both_signs: Annotated[
+        bool,
+        typer.Option(
+            "--both-signs/--one-sign",
+            help="Write texts for both signs, or for the one that makes the concept's words likelier.",
+        ),
+    ] = True,
+    samples: Annotated[
+        int, typer.Option(help="Texts of each of 4 choosing prompts, at each of 7 divergences.")
+    ] = 2,
+    report_samples: Annotated[int, typer.Option(help="Texts of each of 4 reporting prompts.")] = 8,
+    candidates: Annotated[int, typer.Option(help="Detectors of a concept that are tried.")] = 3,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of a text.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the division of texts, the fits and the samples.")] = 0,
+    judge: Annotated[
+        str | None,
+        typer.Option("--model", help="A judge behind an OpenAI-compatible endpoint; it must qualify first."),
+    ] = None,
+    base_url: BaseUrlOption = None,
+    local: LocalOption = None,
+    concurrency: ConcurrencyOption = 8,
+    parameter: ParameterOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a comparison made with other options.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of tables.")] = False,
+    model_dtype: Annotated[
+        str | None, typer.Option(help="For a MODEL: float32, bfloat16 or float16.", show_default="float32")
+    ] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Compare SNMF with other methods: how well their directions detect concepts, and how well they steer.
+
+    Everything is fitted and matched on half of the texts and scored on the other half. To steer, each method's best
+    detectors of a concept are added to the neurons' activations, as strongly as moves the next-token distribution by
+    seven divergences; what is chosen is chosen on four prompts and reported on four others. A text scores 0 to 2, the
+    harmonic mean of concept and fluency: by words, and by a judge where one is given.
+
+    Writes DIR/eval/report.json and figure.png. The same command goes on where it was stopped.
+    """
+    from .rivals import Plan, Trial
+    from .runs import versions
+    from .steering_protocol import Protocol
+
+    opened, model = _opened(target, layers, texts, out, model_dtype, device)
+    plan = Plan(
+        k=k,
+        against=_names(against),
+        sae=sae,
+        fit=_fit(neuron_scale),
+        seed=seed,
+        protocol=Protocol(
+            samples=samples,
+            report_samples=report_samples,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            candidates=candidates,
+            both_signs=both_signs,
+        ),
+    )
+    trial = Trial.open(opened, model, plan, overwrite=overwrite)
+    chosen = opened.parse_layers(layers)
+    wanted = _concepts(concepts, trial, seed)
+    screen = terminal.console()
+    llm = llm_options.chosen(opened.answers, judge, base_url, local, concurrency, parameter, device)
+    scorers = _scorers(trial, llm) if wanted else []
+    detection = _detect(screen, trial, chosen, quiet=as_json)
+    records = _steer(trial, chosen, scorers, wanted)
+    from . import trial_report
+
+    report = trial_report.as_json(
+        detection,
+        records,
+        [scorer.name for scorer in scorers],
+        {
+            "model": model.name,
+            "weights": opened.config["model"]["weights"],
+            "texts": opened.config["texts"],
+            "against": list(plan.against),
+            "plan": asdict(plan),
+            "concepts": list(wanted),
+            "versions": versions(),
+        },
+    )
+    files.write_json(trial.folder / "report.json", report)
+    figure = trial.folder / "figure.png"
+    title = f"{model.name}, k = {k}, {len(wanted)} concepts steered to"
+    trial_report.draw(figure, detection, records, scorers[-1].name if scorers else "words", title)
+    if as_json:
+        typer.echo(json.dumps(report, ensure_ascii=False))
+        return
+    for scorer in scorers:
+        for layer in chosen:
+            rows = trial_report.summarise_steering([r for r in records if r.layer == layer], scorer.name)
+            _show_steering(screen, f"Steering at layer {layer}, scored by {scorer.name}", rows)
+        if len(chosen) > 1:
+            title = f"Steering at layers {', '.join(map(str, chosen))} together, scored by {scorer.name}"
+            _show_steering(screen, title, trial_report.summarise_steering(records, scorer.name))
+    screen.print(Text(f"\nAll of it: {trial.folder / 'report.json'}, {figure}", style="dim"), soft_wrap=True)
+
+
+def detect(
+    run: RunArgument,
+    layer: Annotated[
+        str | None, typer.Option(help="Such as 10,20.", show_default="all that were collected")
+    ] = None,
+    k: Annotated[int, typer.Option(help="Features.")] = 100,
+    against: AgainstOption = "diffmeans,neuron,random,permuted",
+    sae: Annotated[
+        str | None,
+        typer.Option(
+            help="A published autoencoder too: RELEASE/SAE_ID of SAELens, or a folder; {layer} is filled in."
+        ),
+    ] = None,
+    neuron_scale: Annotated[str, typer.Option(help="Of SNMF: rms or none.")] = "rms",
+    seed: Annotated[int, typer.Option(help="Of the division of texts and the fits.")] = 0,
+    model: LlmOption = None,
+    base_url: BaseUrlOption = None,
+    local: LocalOption = None,
+    limit: Annotated[
+        int, typer.Option(help="With a language model: how many of the clearest features it labels.")
+    ] = 50,
+    concurrency: ConcurrencyOption = 8,
+    parameter: ParameterOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a comparison made with other options.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    device: DeviceOption = None,
+) -> None:
+    """Say how well features detect concepts in texts that they were not fitted on, beside other methods and chance.
+
+    Features are fitted on half of the run's labelled texts, each concept is matched to its best feature there, and
+    scored on the other half: against all other texts, and against those that share its words.
+
+    With --model, --base-url or --local also as in the paper: a language model names the features of the run's own
+    fit, writes five sentences that should activate each and five that should not, and each feature must tell them.
+    """
+    from .rivals import Plan, Trial
+    from .runs import Run
+
+    opened = Run.open(run)
+    chosen = opened.parse_layers(layer)
+    loaded = terminal.loader(opened, device)()
+    plan = Plan(k=k, against=_names(against), sae=sae, fit=_fit(neuron_scale), seed=seed)
+    trial = Trial.open(opened, loaded, plan, overwrite=overwrite)
+    screen = terminal.console()
+    llm = llm_options.chosen(opened.answers, model, base_url, local, concurrency, parameter, device)
+    detection = _detect(screen, trial, chosen, quiet=as_json)
+    written = _written(opened, loaded, chosen, llm, limit) if llm is not None else {}
+    if as_json:
+        content = {
+            "layers": {str(number): [asdict(row) for row in rows] for number, rows in detection.items()},
+            "sentences": {str(number): row for number, row in written.items()},
+        }
+        typer.echo(json.dumps(files.finite(content), ensure_ascii=False))
+        return
+    for number, row in written.items():
+        low, high = row["interval"]
+        screen.print(
+            Text(
+                f"\nLayer {number}, sentences by {row['by']}: S_CD is above 0 for {row['share_above_zero']:.0%} of "
+                f"{row['features']} labelled features (95 % interval {low:.0%} to {high:.0%}); no usable sentences "
+                f"for {row['missing']:.0%} of the labels"
+            ),
+            soft_wrap=True,
+        )
+
+
+def _opened(
+    target: str, layers: str | None, texts: str, out: Path | None, dtype: str | None, device: str | None
+) -> tuple[Run, LanguageModel]:
+    """The run, collected if it is not there, and its model."""
+    from .runs import ACTIVATIONS, Run
+
+    if (Path(target) / ACTIVATIONS).is_dir():
+        if dtype is not None or out is not None:
+            raise ValueError("--model-dtype and --out: a run's model is loaded as it was collected")
+        opened = Run.open(target)
+        return opened, terminal.loader(opened, device)()
+    import torch
+
+    from .models import load_model
+    from .rivals import collect_run
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if (dtype or "float32") not in dtypes:
+        raise ValueError(f"--model-dtype: wanted {', '.join(dtypes)}, got {dtype!r}")
+    with terminal.waiting(f"loading {target}"):
+        model = load_model(target, device=device, dtype=dtypes[dtype or "float32"])
+    if layers is None:
+        depths = (model.n_layers // 3, 2 * model.n_layers // 3, 9 * model.n_layers // 10)
+        layers = ",".join(map(str, sorted(set(depths))))
+    folder = out or Path("results") / f"{Path(target).name}-eval"
+    return collect_run(folder, model, layers, texts), model
+
+
+def _names(against: str) -> tuple[str, ...]:
+    return tuple(name for part in against.split(",") if (name := part.strip()))
+
+
+def _fit(neuron_scale: str) -> dict[str, Any]:
+    """Options of the fit that are not its defaults."""
+    if neuron_scale not in ("rms", "none"):
+        raise ValueError(f"--neuron-scale: wanted rms or none, got {neuron_scale!r}")
+    return {} if neuron_scale == "rms" else {"neuron_scale": None}
+
+
+def _concepts(given: str, trial: Trial, seed: int) -> tuple[str, ...]:
+    """The concepts to steer to."""
+    if not given.isdigit():
+        names = _names(given)
+        if unknown := [name for name in names if name not in trial.words]:
+            known = ", ".join(sorted(trial.words)) or "none"
+            raise ValueError(
+                f"--concepts: there are no words by which to score {unknown[0]!r}; there are {known}"
+            )
+        return names
+    count = int(given)
+    if count > len(trial.words):
+        raise ValueError(
+            f"--concepts: {len(trial.words)} concepts of these texts have words of their own, got {count}"
+        )
+    return tuple(random.Random(seed).sample(sorted(trial.words), count))
+
+
+def _scorers(trial: Trial, llm: Any) -> list[Scorer]:
+    """Words, and the judge if there is one that qualifies."""
+    from .judging import qualify
+    from .text_scoring import JudgeScorer, WordScorer
+
+    with terminal.waiting("writing without steering"):
+        scorers: list[Scorer] = [WordScorer(trial.model, trial.words, trial.plain.choosing)]
+    if llm is not None:
+        with terminal.waiting(f"asking {llm.name} to judge texts of known scores"):
+            qualify(llm).check()
+        scorers.append(JudgeScorer(llm))
+    return scorers
+
+
+def _detect(
+    screen: Console, trial: Trial, layers: Sequence[int], *, quiet: bool
+) -> dict[int, list[DetectionSummary]]:
+    from .detecting import summarise
+
+    found = {}
+    for layer in layers:
+        with terminal.waiting(f"layer {layer}: fitting and detecting"):
+            found[layer] = summarise(trial.detect(layer))
+        if not quiet:
+            _show_detection(screen, trial, layer, found[layer])
+    return found
+
+
+def _steer(
+    trial: Trial, layers: Sequence[int], scorers: Sequence[Scorer], concepts: Sequence[str]
+) -> list[SteeringRecord]:
+    """Concept by concept over all layers, so that what there is after a while is about whole concepts."""
+    if not concepts:
+        return []
+    records = []
+    total = len(concepts) * len(layers) * len(trial.rivals(layers[0]))
+    with tqdm(total=total, unit="try", desc="steering", disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def begin(layer: int) -> Callable[[str, str], None]:
+            return lambda method, concept: bar.set_postfix_str(f"layer {layer}, {method}, {concept}")
+
+        for concept in concepts:
+            for layer in layers:
+                for record in trial.steer(layer, scorers, (concept,), permuted=concepts, before=begin(layer)):
+                    records.append(record)
+                    bar.update()
+    return records
+
+
+def _written(
+    run: Run, model: LanguageModel, layers: Sequence[int], llm: Any, limit: int
+) -> dict[int, dict[str, Any]]:
+    """The paper's test with written sentences, for each factorised layer."""
+    from .labels import label_features
+    from .sentences import detect_sentences, write_sentences
+
+    if limit < 1:
+        raise ValueError(f"--limit: wanted at least 1, got {limit}")
+    missing = [layer for layer in layers if not run.is_fitted(layer)]
+    if missing:
+        raise FileNotFoundError(
+            f"sentences are written for the features of a run's own fit: `snmf fit {run.path} --layers {missing[0]}`"
+        )
+    found = {}
+    for layer in layers:
+        features = sorted(run.features(layer, model), key=lambda f: (-f.clarity, f.index))[:limit]
+        labels = [one for one in label_features(features, llm, sides=("input",)) if one.text is not None]
+        if not labels:
+            raise RuntimeError(f"{llm.name} named none of the {len(features)} features of layer {layer}")
+        result = detect_sentences(
+            run.factors(layer), model, layer, write_sentences(labels, llm), scoring="cosine"
+        )
+        found[layer] = {
+            "by": llm.name,
+            "features": len(result.index),
+            "share_above_zero": result.share_above_zero,
+            "interval": list(result.interval),
+            "missing": result.missing,
+            "scores": dict(zip(map(str, result.index.tolist()), result.scores.tolist(), strict=True)),
+        }
+    return found
+
+
+def _show_detection(screen: Console, trial: Trial, layer: int, rows: Sequence[DetectionSummary]) -> None:
+    held_out = sum(
+        label is not None and not chosen
+        for label, chosen in zip(trial.labels, trial.train.tolist(), strict=True)
+    )
+    screen.print(Text(f"\nDetection at layer {layer}\n", style="bold"))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("method")
+    for name in ("choices", "AUROC", "hard negatives", "probe", "S_CD > 0", f"{rows[0].method} is ahead by"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row.method,
+            f"{row.size:,}",
+            _interval(row.auroc),
+            _interval(row.hard_auroc),
+            _interval(row.probe_accuracy),
+            f"{row.detected.value:.0%}",
+            _lead(row.lead),
+        )
+    screen.print(table)
+    screen.print(
+        Text(
+            f"means over concepts, 95 % bootstrap intervals; {held_out} held-out texts. AUROC and probe: 0.5 is "
+            "chance; hard negatives: against the texts of other concepts that share most words",
+            style="dim",
+        )
+    )
+
+
+def _show_steering(screen: Console, title: str, rows: Sequence[SteeringSummary]) -> None:
+    screen.print(Text(f"\n{title}\n", style="bold"))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("method")
+    for name in (
+        "score above unsteered",
+        "other concepts",
+        "concept",
+        "fluency",
+        "KL",
+        f"{rows[0].method} is ahead by",
+    ):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row.method,
+            _interval(row.gain, 2),
+            "–" if row.permuted.value != row.permuted.value else f"{row.permuted.value:+.2f}",
+            f"{row.concept:.2f}",
+            f"{row.fluency:.2f}",
+            f"{row.kl:.2f}",
+            _lead(row.lead),
+        )
+    screen.print(table)
+    missing = max(row.missing for row in rows)
+    line = (
+        f"{rows[0].n} pairs of concept and layer, 95 % bootstrap intervals over concepts; scores are 0 to 2. Other "
+        "concepts: the control, the same texts scored for concepts that were not steered to"
+    )
+    if missing:
+        line += f". Up to {missing:.0%} of a method's texts have no score"
+    screen.print(Text(line, style="dim"))
+
+
+def _interval(value: Interval, digits: int = 3) -> str:
+    if value.value != value.value:
+        return "–"
+    if value.low != value.low:
+        return f"{value.value:.{digits}f}"
+    return f"{value.value:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+
+
+def _lead(value: Interval | None) -> Text:
+    """Signed; in colour where the interval excludes 0."""
+    if value is None or value.value != value.value:
+        return Text("")
+    text = f"{value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}]".replace("-", "−")
+    style = "green" if value.low > 0 else "red" if value.high < 0 else ""
+    return Text(text, style=style)

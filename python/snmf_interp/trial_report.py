@@ -1,0 +1,235 @@
+"""What came of a comparison: means with intervals, as rows, JSON values and a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import files
+from .detecting import DetectionSummary, Interval
+
+if TYPE_CHECKING:
+    from .steering_protocol import Outcome, SteeringRecord
+
+# Colours that people with any colour vision tell apart (Okabe & Ito), SNMF's first.
+_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
+
+
+@dataclass(frozen=True)
+class SteeringSummary:
+    """One method's row; means over the concepts that all methods were tried on, each the mean over its layers.
+
+    Attributes:
+        method: its name.
+        n: pairs of concept and layer.
+        gain: the score (0 to 2) above that of unsteered text, on the reporting prompts.
+        permuted: the same texts as texts on the other concepts: the control, near 0.
+        concept, fluency: the two parts of the score, 0 to 2.
+        kl: divergence at the chosen strengths on the reporting prompts, in nats.
+        lead: by how much the first method's gain is above this one's, paired by concept; None for the first.
+        missing: the share of texts without a score.
+    """
+
+    method: str
+    n: int
+    gain: Interval
+    permuted: Interval
+    concept: float
+    fluency: float
+    kl: float
+    lead: Interval | None
+    missing: float
+
+
+def summarise_steering(
+    records: Sequence[SteeringRecord], scorer: str = "words", *, confidence: float = 0.95
+) -> list[SteeringSummary]:
+    """A row for each method, in the order in which they come, with bootstrap intervals over concepts.
+
+    Args:
+        records: of one layer or several. Pairs of layer and concept that some method lacks, or that could not be
+            scored, are left out, so that all rows are about the same.
+        scorer: whose scores.
+        confidence: of the intervals.
+    """
+    methods = list(dict.fromkeys(record.method for record in records))
+    found: dict[tuple[int, str], dict[str, Outcome]] = {}
+    for record in records:
+        outcome = record.results.get(scorer)
+        if outcome is not None and outcome.gain is not None:
+            found.setdefault((record.layer, record.concept), {})[record.method] = outcome
+    shared = {pair: outcomes for pair, outcomes in found.items() if len(outcomes) == len(methods)}
+    concepts = sorted({concept for _, concept in shared})
+
+    def by_concept(method: str, name: str) -> torch.Tensor:
+        means = []
+        for concept in concepts:
+            values = [
+                value
+                for (_, other), outcomes in shared.items()
+                if other == concept and (value := getattr(outcomes[method], name)) is not None
+            ]
+            means.append(sum(values) / len(values) if values else float("nan"))
+        return torch.tensor(means, dtype=torch.float64)
+
+    rows = []
+    for method in methods:
+        gain = by_concept(method, "gain")
+        rows.append(
+            SteeringSummary(
+                method,
+                len(shared),
+                Interval.of(gain, confidence=confidence),
+                Interval.of(by_concept(method, "permuted"), confidence=confidence),
+                float(by_concept(method, "concept").nanmean()),
+                float(by_concept(method, "fluency").nanmean()),
+                float(by_concept(method, "kl").nanmean()),
+                None
+                if method == methods[0]
+                else Interval.of(by_concept(methods[0], "gain") - gain, confidence=confidence),
+                float(by_concept(method, "missing").mean()) if concepts else float("nan"),
+            )
+        )
+    return rows
+
+
+def curves(records: Sequence[SteeringRecord], scorer: str = "words") -> dict[str, dict[float, float]]:
+    """For each method the mean score of the choosing half's texts by target, the better sign of each concept."""
+    sums: dict[str, dict[float, list[float]]] = {}
+    for record in records:
+        best: dict[float, float] = {}
+        for cell in record.cells:
+            score = cell.scores.get(scorer)
+            if score is not None:
+                best[cell.target] = max(score, best.get(cell.target, 0.0))
+        for target, score in best.items():
+            sums.setdefault(record.method, {}).setdefault(target, []).append(score)
+    return {
+        method: {target: sum(values) / len(values) for target, values in sorted(by_target.items())}
+        for method, by_target in sums.items()
+    }
+
+
+def as_json(
+    detection: Mapping[int, Sequence[DetectionSummary]],
+    records: Sequence[SteeringRecord],
+    scorers: Sequence[str],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Everything but the texts, as JSON values; NaN is None.
+
+    Args:
+        detection: rows by layer.
+        records: of all layers.
+        scorers: the scorers' names.
+        facts: what else the file should say: the plan, the model, versions.
+    """
+    layers = sorted({record.layer for record in records})
+    pairs = [
+        {
+            "layer": record.layer,
+            "method": record.method,
+            "concept": record.concept,
+            "direction": record.chosen,
+            "results": {
+                name: {key: value for key, value in asdict(outcome).items() if key != "texts"}
+                | {"gain": outcome.gain}
+                for name, outcome in record.results.items()
+            },
+            "curve": [
+                {"target": c.target, "sign": c.sign, "kl": c.kl, "reached": c.reached, "scores": c.scores}
+                for c in record.cells
+            ],
+        }
+        for record in records
+    ]
+    steering = {
+        scorer: {
+            "layers": {
+                str(layer): [
+                    asdict(row)
+                    for row in summarise_steering([r for r in records if r.layer == layer], scorer)
+                ]
+                for layer in layers
+            },
+            "all": [asdict(row) for row in summarise_steering(records, scorer)],
+        }
+        for scorer in scorers
+        if records
+    }
+    content = {
+        **facts,
+        "detection": {str(layer): [asdict(row) for row in rows] for layer, rows in detection.items()},
+        "steering": steering,
+        "pairs": pairs,
+    }
+    finite: dict[str, Any] = files.finite(content)
+    return finite
+
+
+def draw(
+    path: Path,
+    detection: Mapping[int, Sequence[DetectionSummary]],
+    records: Sequence[SteeringRecord],
+    scorer: str,
+    title: str,
+) -> None:
+    """A PNG: detection and steering of each method with intervals, layer by layer, and scores by divergence."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    layers = sorted(detection)
+    by_layer = {
+        layer: summarise_steering([r for r in records if r.layer == layer], scorer) for layer in layers
+    }
+    methods = list(dict.fromkeys(row.method for rows in detection.values() for row in rows))
+    colour = {method: _COLOURS[i % len(_COLOURS)] for i, method in enumerate(methods)}
+    panels = 3 if records else 1
+    figure, axes = pyplot.subplots(
+        1,
+        panels,
+        figsize=(4.6 * panels, 0.5 + 0.42 * len(methods) + 1.2),
+        squeeze=False,
+        layout="constrained",
+    )
+    shapes = "osD^v<>P"
+
+    def intervals(axis: Any, rows: Mapping[int, Sequence[Any]], field: str, label: str) -> None:
+        for at, layer in enumerate(layers):
+            for row in rows[layer]:
+                value: Interval = getattr(row, field)
+                height = methods.index(row.method) + 0.22 * (at - (len(layers) - 1) / 2)
+                axis.plot([value.low, value.high], [height, height], color=colour[row.method], linewidth=1.6)
+                axis.plot(
+                    value.value, height, shapes[at % len(shapes)], color=colour[row.method], markersize=5
+                )
+            axis.plot([], [], shapes[at % len(shapes)], color="0.4", label=f"layer {layer}")
+        axis.set_yticks(range(len(methods)), methods)
+        axis.set_ylim(len(methods) - 0.5, -0.5)
+        axis.set_xlabel(label)
+        axis.grid(axis="x", alpha=0.3)
+
+    intervals(axes[0, 0], detection, "auroc", "detection: held-out AUROC")
+    axes[0, 0].axvline(0.5, color="0.6", linewidth=0.8)
+    axes[0, 0].legend(fontsize=7, loc="lower right")
+    if records:
+        intervals(axes[0, 1], by_layer, "gain", f"steering: score above unsteered ({scorer})")
+        axes[0, 1].axvline(0, color="0.6", linewidth=0.8)
+        for method, points in curves(records, scorer).items():
+            axes[0, 2].plot(
+                list(points), list(points.values()), "o-", color=colour[method], markersize=3.5, label=method
+            )
+        axes[0, 2].set_xlabel("divergence aimed at (nats)")
+        axes[0, 2].set_ylabel("mean score, choosing half")
+        axes[0, 2].grid(alpha=0.3)
+        axes[0, 2].legend(fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+    pyplot.close(figure)

@@ -1,0 +1,392 @@
+"""Other methods beside SNMF, on a model in which the answer is known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import snmf_kernels
+from snmf_interp import LanguageModel, Sample, rivals, split_texts
+from snmf_interp.concepts import text_scores
+from snmf_interp.detecting import Interval, detect_concepts, hard_negatives, summarise
+from snmf_interp.dictionaries import (
+    NeuronDictionary,
+    ProjectionDictionary,
+    difference_of_means,
+    features,
+    random_groups,
+)
+from snmf_interp.evaluation import best_neurons, halves
+from snmf_interp.generation import Continuation
+from snmf_interp.rivals import Plan, Trial, bundled_words
+from snmf_interp.runs import Run
+from snmf_interp.steering_protocol import Protocol, SteeringRecord, record_from_json
+from snmf_interp.text_scoring import WordScore, WordScorer, concept_words
+from snmf_interp.trial_report import as_json, curves, draw, summarise_steering
+
+from .planted_model import CONCEPTS, NEURONS, WIDTH, planted_model, planted_samples
+
+PROTOCOL = Protocol(
+    targets=(0.2, 0.8),
+    choosing=("the cat", "a dog"),
+    reporting=("on the mat", "the rug"),
+    samples=2,
+    report_samples=4,
+    max_new_tokens=6,
+)
+PLAN = Plan(
+    k=12, against=("diffmeans", "neuron", "random", "permuted"), fit={"keep": 4 / WIDTH}, protocol=PROTOCOL
+)
+
+
+class Words:
+    """Scores by the planted words alone: the model is too simple to have a word order."""
+
+    name = "words"
+
+    def score(
+        self, texts: Sequence[Continuation], concept: str, *, complete: bool = False
+    ) -> list[WordScore]:
+        return [WordScore(min(len(set(CONCEPTS[concept]) & set(one.text.split())), 2), 2.0) for one in texts]
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return planted_model()
+
+
+@pytest.fixture(scope="module")
+def run(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Run.collect(
+        tmp_path_factory.mktemp("planted") / "run", model, planted_samples(), "0", texts="planted"
+    )
+
+
+@pytest.fixture(scope="module")
+def trial(run: Run, model: LanguageModel) -> Trial:
+    return Trial.open(run, model, PLAN)
+
+
+@pytest.fixture(scope="module")
+def records(trial: Trial) -> list[SteeringRecord]:
+    return list(trial.steer(0, [Words()], tuple(CONCEPTS)))
+
+
+class TestPlanted:
+    def test_the_group_is_found(self, trial: Trial) -> None:
+        Z = trial.rivals(0)[0].vectors  # type: ignore[attr-defined]
+        groups = [set(row.nonzero().squeeze(1).tolist()) for row in Z]
+        assert all(set(neurons) in groups for neurons in NEURONS.values())
+
+    def test_detection_finds_it_and_chance_does_not(self, trial: Trial) -> None:
+        rows = {row.method: row for row in summarise(trial.detect(0))}
+        assert list(rows) == ["snmf", "diffmeans", "neuron", "random", "permuted"]
+        for name in ("snmf", "diffmeans", "neuron"):
+            assert rows[name].auroc.value == pytest.approx(1)
+            assert rows[name].hard_auroc.value == pytest.approx(1)
+            assert rows[name].detected.value == 1
+        assert rows["permuted"].auroc.value < 0.75
+        assert rows["permuted"].lead is not None
+        assert rows["permuted"].lead.low > 0.1
+        assert rows["snmf"].size == 12
+        assert rows["diffmeans"].size == 1
+        assert rows["neuron"].size == 2 * WIDTH
+
+    def test_steering_finds_it_and_chance_does_not(self, records: list[SteeringRecord]) -> None:
+        rows = {row.method: row for row in summarise_steering(records)}
+        assert rows["snmf"].n == 3
+        assert rows["snmf"].gain.value > 0.5
+        assert abs(rows["snmf"].permuted.value) < 0.3
+        assert rows["random"].gain.value < rows["snmf"].gain.value - 0.3
+        assert rows["random"].lead is not None
+        assert rows["random"].lead.value == pytest.approx(rows["snmf"].gain.value - rows["random"].gain.value)
+
+    def test_what_was_chosen(self, records: list[SteeringRecord]) -> None:
+        for record in records:
+            if record.method == "snmf":
+                assert max(record.candidates, key=lambda one: one.effect or -1).index == record.chosen
+                assert record.results["words"].sign == 1
+            outcome = record.results["words"]
+            best = max(cell.scores["words"] for cell in record.cells)  # type: ignore[type-var]
+            chosen = [c for c in record.cells if (c.target, c.sign) == (outcome.target, outcome.sign)]
+            assert chosen[0].scores["words"] == best
+            assert {cell.sign for cell in record.cells} == {1, -1}
+            assert len(outcome.texts) == 8
+            # What was found on other prompts holds here, roughly.
+            assert 0.2 * outcome.target < outcome.kl < 5 * outcome.target
+
+    def test_a_finished_attempt_is_kept(
+        self, trial: Trial, records: list[SteeringRecord], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(rivals, "steer_concept", lambda *_, **__: pytest.fail("done again"))
+        assert list(trial.steer(0, [Words()], tuple(CONCEPTS))) == records
+
+    def test_records_survive_json(self, records: list[SteeringRecord]) -> None:
+        from dataclasses import asdict
+
+        assert [record_from_json(json.loads(json.dumps(asdict(one)))) for one in records] == records
+
+    def test_one_sign(self, run: Run, model: LanguageModel, tmp_path: Path) -> None:
+        other = Run.collect(tmp_path / "run", model, planted_samples(), "0")
+        plan = replace(PLAN, against=(), protocol=replace(PROTOCOL, both_signs=False))
+        (record,) = Trial.open(other, model, plan).steer(0, [Words()], ("days",))
+        assert {cell.sign for cell in record.cells} == {1}
+        assert record.results["words"].permuted is None
+
+    def test_the_report(self, trial: Trial, records: list[SteeringRecord], tmp_path: Path) -> None:
+        detection = {0: summarise(trial.detect(0))}
+        content = as_json(detection, records, ["words"], {"model": "planted"})
+        json.dumps(content, allow_nan=False)
+        assert len(content["pairs"]) == len(records) == 12
+        assert content["steering"]["words"]["all"][0]["method"] == "snmf"
+        assert set(curves(records)["snmf"]) == set(PROTOCOL.targets)
+        draw(tmp_path / "figure.png", detection, records, "words", "a title")
+        draw(tmp_path / "detection.png", detection, [], "words", "a title")
+        assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+        assert not list(tmp_path.glob(".*"))
+
+
+class TestTrial:
+    def test_another_plan_is_refused(self, trial: Trial, run: Run, model: LanguageModel) -> None:
+        with pytest.raises(ValueError, match="k = 12, not 6"):
+            Trial.open(run, model, replace(PLAN, k=6))
+
+    def test_more_rivals_are_not(self, trial: Trial, run: Run, model: LanguageModel) -> None:
+        more = Trial.open(run, model, replace(PLAN, against=("random", "snmf-raw")))
+        assert [rival.name for rival in more.rivals(0)] == ["snmf", "random", "snmf-raw"]
+
+    def test_overwrite(self, model: LanguageModel, tmp_path: Path) -> None:
+        run = Run.collect(tmp_path / "run", model, planted_samples(), "0")
+        Trial.open(run, model, PLAN).detect(0)
+        Trial.open(run, model, replace(PLAN, k=6), overwrite=True)
+        assert not (run.path / "eval" / "layer_0").exists()
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"k": 0}, "k: wanted at least 1"),
+            ({"against": ("snmf",)}, "against: wanted some of"),
+            ({"against": ("random", "random")}, "each rival once"),
+        ],
+    )
+    def test_bad_plans(self, change: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            replace(PLAN, **change)
+
+    def test_another_model(self, run: Run, make_model: Any) -> None:
+        with pytest.raises(ValueError, match="are not those that"):
+            Trial.open(run, make_model(), PLAN)
+
+    def test_texts_without_labels(self, model: LanguageModel, tmp_path: Path) -> None:
+        run = Run.collect(tmp_path / "run", model, [Sample("0", "the cat"), Sample("1", "a dog")], "0")
+        with pytest.raises(ValueError, match="at least two labels"):
+            Trial.open(run, model, PLAN)
+
+    def test_unknown_concept(self, trial: Trial) -> None:
+        with pytest.raises(ValueError, match="'ships' is no label"):
+            next(trial.steer(0, [Words()], ("ships",)))
+
+    def test_the_words_come_from_training_texts(self, trial: Trial) -> None:
+        assert {name: set(words) for name, words in trial.words.items()} == {
+            name: {word.casefold() for word in words} for name, words in CONCEPTS.items()
+        }
+
+
+class TestDictionaries:
+    A = torch.randn(50, 12, generator=torch.Generator().manual_seed(1))
+    text_of = torch.arange(50) // 5
+    labels = ("x", "y") * 5
+
+    def test_neurons_are_the_best_single_neurons(self) -> None:
+        train = split_texts(self.labels)
+        scores = NeuronDictionary(12).scores(self.A, self.text_of, 10)
+        ours, theirs = (
+            halves(scores, self.labels, train),
+            best_neurons(self.A, self.text_of, self.labels, train),
+        )
+        assert torch.equal(ours.feature, theirs.feature)
+        assert torch.equal(ours.auroc, theirs.auroc)
+        assert NeuronDictionary(12).direction(7).tolist() == [0, 0, 0, -1] + [0] * 8
+
+    def test_difference_of_means(self) -> None:
+        train = torch.tensor([True] * 6 + [False] * 4)
+        found = difference_of_means(self.A, self.text_of, [*self.labels[:9], None], train)
+        assert found.concepts == ("x", "y")
+        used = self.A[:30]
+        x = (self.text_of[:30] % 2) == 0
+        assert torch.allclose(found.direction(0), used[x].mean(0) - used[~x].mean(0), atol=1e-6)
+        assert torch.allclose(found.direction(1), -found.direction(0), atol=1e-6)
+        with pytest.raises(ValueError, match="at least two labels"):
+            difference_of_means(self.A, self.text_of, ["x"] * 10, train)
+
+    def test_cosines_in_the_units_of_the_fit(self) -> None:
+        scale = torch.rand(12) + 0.5
+        vectors = torch.randn(3, 12)
+        scores = ProjectionDictionary("p", vectors, scale=scale).scores(self.A, self.text_of, 10)
+        cosine = torch.nn.functional.cosine_similarity(
+            self.A[None] / scale, (vectors / scale)[:, None], dim=2
+        )
+        expected = cosine.reshape(3, 10, 5).amax(2)
+        assert torch.allclose(scores, expected, atol=1e-5)
+        floored = ProjectionDictionary("p", vectors, scale=scale, floor=True).scores(self.A, self.text_of, 10)
+        assert torch.allclose(floored, expected.clamp_min(0), atol=1e-5)
+
+    def test_features_and_chance_share_sizes_and_units(self) -> None:
+        factors = snmf_kernels.fit(self.A.abs().T, 3, keep=0.25, neuron_scale="rms")
+        ours, chance = features(factors), random_groups(factors, seed=1)
+        assert torch.equal(ours.direction(1), torch.as_tensor(factors.Z)[:, 1])
+        assert torch.equal((chance.vectors != 0).sum(1), (ours.vectors != 0).sum(1))
+        assert chance.scale is not None
+        assert torch.equal(chance.scale, torch.as_tensor(factors.neuron_scale))
+        assert not torch.equal(chance.vectors, random_groups(factors, seed=2).vectors)
+
+
+class TestDetection:
+    def test_hard_negatives_share_the_rarest_words(self) -> None:
+        texts = ["the red cat", "a red dog", "red rug", "the blue cat", "green mat", "a rug and the mat"]
+        labels = ["a", "a", "b", "b", "c", None]
+        train = torch.tensor([True, False, False, False, False, False])
+        hard = hard_negatives(texts, labels, train, per_text=1)
+        # "cat" is rarer than "red"; a label's own texts and unlabelled ones are none.
+        assert {name: row.nonzero().squeeze(1).tolist() for name, row in hard.items()} == {
+            "a": [3], "b": [1], "c": [],
+        }  # fmt: skip
+        with pytest.raises(ValueError, match="per_text"):
+            hard_negatives(texts, labels, train, per_text=0)
+        with pytest.raises(ValueError, match="texts: wanted one"):
+            hard_negatives(texts[:2], labels, train)
+
+    def test_hard_negatives_are_harder(self) -> None:
+        labels = ["a", "a", "b", "b", "c", "c"]
+        train = torch.tensor([True, False] * 3)
+
+        class Fixed:
+            name, size, concepts = "fixed", 2, None
+
+            def scores(self, *_: Any) -> torch.Tensor:
+                return torch.tensor([[1.0, 0.5, 0.0, 0.9, 0.0, 0.1], [0.0, 0.0, 1.0, 1.0, 0.0, 0.0]])
+
+            def direction(self, index: int) -> torch.Tensor:
+                raise NotImplementedError
+
+        hard = {name: torch.zeros(6, dtype=torch.bool) for name in "abc"}
+        hard["a"][3] = True
+        found = detect_concepts(Fixed(), torch.empty(0), torch.empty(0), labels, train, hard)
+        assert found.detection.auroc[0] == 0.5
+        assert found.hard_auroc[0] == 0
+        assert found.hard_auroc[1:].isnan().all()
+        assert float(found.s_cd[0]) == pytest.approx(0, abs=1e-5)
+
+    def test_rows_of_other_concepts(self, trial: Trial) -> None:
+        first = trial.detect(0)[0]
+        other = replace(first, detection=replace(first.detection, names=("x",)))
+        with pytest.raises(ValueError, match="same concepts"):
+            summarise([first, other])
+
+    def test_intervals(self) -> None:
+        value = Interval.of(torch.tensor([0.0, 1.0] * 50 + [float("nan")]))
+        assert value.value == 0.5
+        assert 0.35 < value.low < 0.45 < 0.55 < value.high < 0.65
+        assert (
+            Interval.of(torch.tensor([float("nan")])).value != Interval.of(torch.tensor([float("nan")])).value
+        )
+
+
+class TestWords:
+    def test_bundled_words_tell_the_corpus(self) -> None:
+        """They were written from the names; here is what they are worth."""
+        from snmf_interp import read_texts
+        from snmf_interp.words import split_words
+
+        samples, words = read_texts("concepts"), bundled_words()
+        assert set(words) <= {sample.label for sample in samples}
+        assert len(words) == 59
+        hit = [set(map(str.casefold, split_words(sample.text))) for sample in samples]
+        own, others = [], []
+        for name, listed in words.items():
+            assert len(set(listed)) == len(listed)
+            for sample, found in zip(samples, hit, strict=True):
+                (own if sample.label == name else others).append(bool(found & set(listed)))
+        assert sum(own) / len(own) > 0.75
+        assert sum(others) / len(others) < 0.02
+
+    def test_words_of_few_texts(self) -> None:
+        texts = ["red rain rain", "red rain", "blue sun", "the blue sun"] * 20
+        labels = ["x", "x", "y", None] * 20
+        train = torch.ones(80, dtype=torch.bool)
+        assert concept_words(texts, labels, train) == {"x": ("rain", "red"), "y": ("blue", "sun")}
+        assert concept_words(texts, labels, train, count=1)["x"] == ("rain",)
+
+    def test_fluency(self, make_model: Any) -> None:
+        from snmf_interp.generation import generate
+
+        model = make_model()
+        prompts = ["the cat", "a dog", "on Monday", "the red rug"]
+        plain = [one for row in generate(model, prompts, samples=4, max_new_tokens=16) for one in row]
+        scorer = WordScorer(model, {"pets": ("cat", "dog"), "none": ()}, plain)
+
+        def fluency(texts: list[str]) -> float:
+            made = [Continuation("the cat", text, ()) for text in texts]
+            found = [one.fluency for one in scorer.score(made, "pets", complete=True)]
+            return sum(value for value in found if value is not None) / len(found)
+
+        fresh = [
+            one.text
+            for row in generate(model, ["the cat"], samples=12, max_new_tokens=16, seed=5)
+            for one in row
+        ]
+        mixed = [" " + " ".join(sorted(text.split())) for text in fresh]
+        assert fluency(fresh) > fluency(mixed) + 0.2
+        loop = fresh[0].split()[:4]
+        assert fluency([" " + " ".join(loop * 4)]) < 0.7 * fluency([" " + " ".join(loop)])
+        assert fluency([""]) == 0
+
+    def test_scores(self, make_model: Any) -> None:
+        from snmf_interp.generation import generate
+
+        model = make_model()
+        plain = [one for row in generate(model, ["the", "a"], samples=4, max_new_tokens=12) for one in row]
+        scorer = WordScorer(model, {"pets": ("cat", "dog"), "none": ()}, plain)
+        texts = [Continuation("the", text, ()) for text in (" mat", " Cat cat", " dog and cat")]
+        found = scorer.score(texts, "pets")
+        assert [one.concept for one in found] == [0, 1, 2]
+        assert found[0].fluency is None
+        assert found[0].score == 0
+        assert WordScore(1, 2).score == pytest.approx(4 / 3)
+        assert WordScore(2, 0).score == 0
+        with pytest.raises(ValueError, match="no words of 'none'"):
+            scorer.score(texts, "none")
+        with pytest.raises(ValueError, match="at least two texts"):
+            WordScorer(model, {}, plain[:1])
+
+
+class TestProtocol:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"samples": 0}, "samples: wanted at least 1"),
+            ({"reporting": ()}, "reporting: wanted at least one prompt"),
+            ({"reporting": ("the cat",)}, "not chosen on"),
+        ],
+    )
+    def test_bad_options(self, change: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            replace(PROTOCOL, **change)
+
+    def test_steered_texts_meet_the_same_noise(self, model: LanguageModel) -> None:
+        plain = [one for row in PROTOCOL.texts(model, PROTOCOL.choosing, 2) for one in row]
+        for batch_size in (4, 8, 100):
+            protocol = replace(PROTOCOL, batch_size=batch_size)
+            nothing = protocol.steered(model, 0, torch.ones(WIDTH), [0.0, 1e-6, 0.0], PROTOCOL.choosing, 2)
+            assert nothing == [plain] * 3
+
+
+def test_text_scores_start_at_zero() -> None:
+    """What the floor of the cosines relies on."""
+    assert text_scores(torch.tensor([[-1.0, 2.0]]), torch.tensor([0, 1]), 3).tolist() == [[0, 2, 0]]
