@@ -45,5 +45,5 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp $(SOURCES)
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp
-	$(PIP) --editable '.[interp,llm,triton,test,lint]'
+	$(PIP) --editable '.[interp,llm,sae,triton,test,lint]'
 	touch $@

@@ -17,7 +17,6 @@ from snmf_interp.judging import KINDS, Judgement, gold_set, judge, parse_score, 
 from snmf_interp.labels import Label
 from snmf_interp.sentences import (
     Sentences,
-    bootstrap_mean,
     detect_sentences,
     parse_sentences,
     write_sentences,

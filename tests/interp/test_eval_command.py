@@ -1,0 +1,186 @@
+"""``snmf eval`` and ``snmf detect`` at the command line, on the planted model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snmf_interp import rivals
+from snmf_interp.judging import gold_set
+
+from .endpoint import Reply, completion, serve
+from .planted_model import CONCEPTS, planted_model, planted_samples
+from .test_cli import snmf
+
+SHORT = (
+    "--k", 12, "--samples", 1, "--report-samples", 2, "--max-new-tokens", 8, "--one-sign", "--candidates", 2,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "SNMF_LLM_MODEL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The planted model as a folder, and its texts beside it."""
+    path = tmp_path_factory.mktemp("planted")
+    model = planted_model()
+    model.model.save_pretrained(path / "model")
+    model.tokenizer.save_pretrained(path / "model")
+    texts: dict[str, list[str]] = {}
+    for sample in planted_samples():
+        texts.setdefault(str(sample.label), []).append(sample.text)
+    (path / "texts.json").write_text(json.dumps(texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    result = snmf(
+        "eval", folder / "model", "--texts", folder / "texts.json", "--layers", "0", "--out", folder / "run",
+        "--concepts", "days,weather", "--against", "diffmeans,random,permuted", *SHORT,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "Detection at layer 0" in result.stdout
+    assert "Steering at layer 0, scored by words" in result.stdout
+    assert "2 pairs of concept and layer" in result.stdout
+    return folder / "run"
+
+
+def test_what_is_written(run: Path) -> None:
+    report = json.loads((run / "eval" / "report.json").read_text())
+    assert [row["method"] for row in report["detection"]["0"]] == ["snmf", "diffmeans", "random", "permuted"]
+    assert [row["method"] for row in report["steering"]["words"]["all"]] == ["snmf", "diffmeans", "random"]
+    assert len(report["pairs"]) == 6
+    assert report["plan"]["protocol"]["report_samples"] == 2
+    assert report["concepts"] == ["days", "weather"]
+    assert (run / "eval" / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_it_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    real = rivals.steer_concept
+
+    def counted(*args: Any, **options: Any) -> Any:
+        made.append(f"{args[2].name} {args[4]}")
+        return real(*args, **options)
+
+    monkeypatch.setattr(rivals, "steer_concept", counted)
+    result = snmf(
+        "eval", run, "--concepts", "days,weather", "--against", "diffmeans,neuron", *SHORT, "--json"
+    )
+    assert result.exit_code == 0, result.output
+    assert made == ["neuron days", "neuron weather"]
+    report = json.loads(result.stdout)
+    assert [row["method"] for row in report["detection"]["0"]] == ["snmf", "diffmeans", "neuron"]
+
+
+def test_other_options_are_refused(run: Path) -> None:
+    result = snmf("eval", run, "--concepts", "days", *SHORT, "--seed", 1)
+    assert result.exit_code == 2
+    assert "seed = 0, not 1" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--concepts", "ships"), "no words by which to score 'ships'"),
+        (("--concepts", "9"), "3 concepts of these texts"),
+        (("--against", "magic"), "against: wanted some of"),
+        (("--neuron-scale", "max"), "--neuron-scale: wanted rms or none"),
+        (("--model-dtype", "float32"), "loaded as it was collected"),
+    ],
+)
+def test_bad_options(run: Path, options: tuple[str, str], message: str) -> None:
+    result = snmf("eval", run, *SHORT, *options)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+def test_a_judge(run: Path) -> None:
+    pytest.importorskip("openai")
+    gold = {item.text: item for item in gold_set()}
+
+    def answer(body: dict[str, Any], _earlier: int) -> Reply:
+        question = body["messages"][0]["content"]
+        fluency = "fluen" in question.lower() and "concept" not in question.lower()
+        known = next(
+            (item for text, item in gold.items() if json.dumps(text)[1:-1] in question or text in question),
+            None,
+        )
+        if known is not None:
+            scores = known.fluency_scores if fluency else known.concept_scores
+            return completion(json.dumps({"score": scores[0]}))
+        days = sum(word in question for word in CONCEPTS["days"])
+        return completion(json.dumps({"score": 2 if fluency else min(days, 2)}))
+
+    with serve(answer) as endpoint:
+        result = snmf(
+            "eval", run, "--concepts", "days", "--against", "diffmeans", *SHORT, "--model", "scripted",
+            "--base-url", endpoint.url,
+        )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "scored by judge" in result.stdout
+    report = json.loads((run / "eval" / "report.json").read_text())
+    rows = {row["method"]: row for row in report["steering"]["judge"]["all"]}
+    assert rows["snmf"]["gain"]["value"] is not None
+    assert rows["snmf"]["missing"] == 0
+    # Its scores are there beside those by words.
+    assert set(report["steering"]) == {"words", "judge"}
+
+
+def test_a_judge_that_does_not_qualify(run: Path) -> None:
+    pytest.importorskip("openai")
+    with serve(lambda _body, _earlier: completion('{"score": 2}')) as endpoint:
+        result = snmf(
+            "eval", run, "--concepts", "days", "--against", "diffmeans", *SHORT, "--model", "generous",
+            "--base-url", endpoint.url,
+        )  # fmt: skip
+    assert result.exit_code == 2
+    assert "does not qualify as a judge" in " ".join(result.output.split())
+
+
+class TestDetect:
+    def test_tables_and_json(self, folder: Path, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        made = snmf("collect", folder / "model", folder / "texts.json", "--layers", "0", "--out", run)
+        assert made.exit_code == 0, made.output
+        result = snmf("detect", run, "--k", 12)
+        assert result.exit_code == 0, result.output
+        for name in ("snmf", "diffmeans", "neuron", "random", "permuted", "hard negatives"):
+            assert name in result.stdout
+        found = json.loads(snmf("detect", run, "--k", 12, "--json").stdout)
+        assert found["layers"]["0"][0]["auroc"]["value"] > 0.6
+        assert found["sentences"] == {}
+
+    def test_sentences(self, folder: Path, tmp_path: Path) -> None:
+        pytest.importorskip("openai")
+        run = tmp_path / "run"
+        snmf("collect", folder / "model", folder / "texts.json", "--layers", "0", "--out", run)
+
+        def answer(body: dict[str, Any], _earlier: int) -> Reply:
+            question = body["messages"][0]["content"]
+            if "neutral" in question:
+                sentences = {
+                    "activating": [f"the {word} cat sat" for word in ("Monday", "Tuesday", "Friday", "Monday Friday", "Friday Monday")],
+                    "neutral": [f"the {word} sat" for word in ("mat", "rug", "cat", "dog", "big mat")],
+                }  # fmt: skip
+                return completion(json.dumps(sentences))
+            return completion('{"label": "days"}' if "Monday" in question else '{"label": null}')
+
+        with serve(answer) as endpoint:
+            options = ("--k", 12, "--against", "random", "--model", "scripted", "--base-url", endpoint.url)
+            early = snmf("detect", run, *options)
+            assert early.exit_code == 2
+            assert "snmf fit" in early.output
+            assert snmf("fit", run, "--k", 12, "--keep", 0.00417).exit_code == 0
+            result = snmf("detect", run, *options)
+        assert result.exit_code == 0, result.output
+        assert "S_CD is above 0" in result.stdout
