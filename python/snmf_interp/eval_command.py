@@ -213,7 +213,7 @@ def detect(
     chosen = opened.parse_layers(layer)
     loaded = terminal.loader(opened, device)()
     plan = Plan(k=k, against=_names(against), sae=sae, fit=_fit(neuron_scale), seed=seed)
-    trial = Trial.open(opened, loaded, plan, overwrite=overwrite)
+    trial = Trial.open(opened, loaded, plan, steering=False, overwrite=overwrite)
     screen = terminal.console()
     llm = llm_options.chosen(opened.answers, model, base_url, local, concurrency, parameter, device)
     detection = _detect(screen, trial, chosen, quiet=as_json)

@@ -59,6 +59,8 @@ RIVALS = ("diffmeans", "sae", "neuron", "random", "permuted", *VARIANTS)
 # The autoencoder of the plan's size is trained with each of these shares of its latents active, and with as many
 # as the factorisation has positive coefficients a token; what detects best on the training texts is taken.
 _ACTIVE_SHARES = (0.1, 0.3)
+# Best detectors that are kept for each concept, as candidates for steering.
+_MATCHES = 20
 _WORDS = "concept_words.json"
 
 
@@ -101,7 +103,9 @@ class Trial:
         self._rivals: dict[int, list[Dictionary]] = {}
 
     @classmethod
-    def open(cls, run: Run, model: LanguageModel, plan: Plan, *, overwrite: bool = False) -> Trial:
+    def open(
+        cls, run: Run, model: LanguageModel, plan: Plan, *, steering: bool = True, overwrite: bool = False
+    ) -> Trial:
         """Begin a comparison, or go on with it.
 
         More rivals than before are added to what is there.
@@ -110,6 +114,8 @@ class Trial:
             run: collected activations of labelled texts.
             model: the model that they are of.
             plan: what is compared.
+            steering: whether :meth:`steer` will be called; else the plan's protocol says nothing, and what is there
+                of another protocol stays.
             overwrite: replace a comparison of another plan.
 
         Raises:
@@ -133,6 +139,8 @@ class Trial:
         del wanted["against"]
         if (folder / "plan.json").is_file():
             there = files.read_versioned(folder / "plan.json", FORMAT)
+            if not steering:
+                wanted["protocol"] = there["protocol"]
             differing = [name for name in wanted if there.get(name) != wanted[name]]
             if differing and not overwrite:
                 name = differing[0]

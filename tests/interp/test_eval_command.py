@@ -169,9 +169,11 @@ class TestDetect:
             question = body["messages"][0]["content"]
             if "neutral" in question:
                 sentences = {
-                    "activating": [f"the {word} cat sat" for word in ("Monday", "Tuesday", "Friday", "Monday Friday", "Friday Monday")],
+                    "activating": [
+                        f"{where} {day}" for where in ("on", "not on") for day in CONCEPTS["days"]
+                    ][:5],
                     "neutral": [f"the {word} sat" for word in ("mat", "rug", "cat", "dog", "big mat")],
-                }  # fmt: skip
+                }
                 return completion(json.dumps(sentences))
             return completion('{"label": "days"}' if "Monday" in question else '{"label": null}')
 

@@ -157,6 +157,14 @@ class TestTrial:
         with pytest.raises(ValueError, match="k = 12, not 6"):
             Trial.open(run, model, replace(PLAN, k=6))
 
+    def test_detection_does_not_mind_the_protocol(self, trial: Trial, run: Run, model: LanguageModel) -> None:
+        other = replace(PLAN, protocol=Protocol())
+        with pytest.raises(ValueError, match="with protocol ="):
+            Trial.open(run, model, other)
+        before = (run.path / "eval" / "plan.json").read_text()
+        Trial.open(run, model, other, steering=False).detect(0)
+        assert (run.path / "eval" / "plan.json").read_text() == before
+
     def test_more_rivals_are_not(self, trial: Trial, run: Run, model: LanguageModel) -> None:
         more = Trial.open(run, model, replace(PLAN, against=("random", "snmf-raw")))
         assert [rival.name for rival in more.rivals(0)] == ["snmf", "random", "snmf-raw"]
