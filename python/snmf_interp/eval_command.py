@@ -384,13 +384,12 @@ def _show_detection(screen: Console, trial: Trial, layer: int, rows: Sequence[De
     )
     screen.print(Text(f"\nDetection at layer {layer}\n", style="bold"))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column("method")
-    for name in ("choices", "AUROC", "hard negatives", "probe", "S_CD > 0", f"{rows[0].method} is ahead by"):
-        table.add_column(name, justify="right")
+    table.add_column("method, choices", no_wrap=True)
+    for name in ("AUROC", "hard AUROC", "probe", "S_CD > 0", f"{rows[0].method} is ahead"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row.method,
-            f"{row.size:,}",
+            f"{row.method}, {row.size:,}",
             _interval(row.auroc),
             _interval(row.hard_auroc),
             _interval(row.probe_accuracy),
@@ -401,7 +400,8 @@ def _show_detection(screen: Console, trial: Trial, layer: int, rows: Sequence[De
     screen.print(
         Text(
             f"means over concepts, 95 % bootstrap intervals; {held_out} held-out texts. AUROC and probe: 0.5 is "
-            "chance; hard negatives: against the texts of other concepts that share most words",
+            "chance. Hard: against the texts of other concepts that share most words. Choices: directions among "
+            "which each concept takes its best on the training texts",
             style="dim",
         )
     )
@@ -419,11 +419,11 @@ def _show_steering(screen: Console, title: str, rows: Sequence[SteeringSummary])
         "KL",
         f"{rows[0].method} is ahead by",
     ):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.method,
-            _interval(row.gain, 2),
+            _interval(row.gain),
             "–" if row.permuted.value != row.permuted.value else f"{row.permuted.value:+.2f}",
             f"{row.concept:.2f}",
             f"{row.fluency:.2f}",
@@ -441,18 +441,25 @@ def _show_steering(screen: Console, title: str, rows: Sequence[SteeringSummary])
     screen.print(Text(line, style="dim"))
 
 
-def _interval(value: Interval, digits: int = 3) -> str:
+def _interval(value: Interval) -> Text:
+    """The mean, and its interval in grey: ``0.77 .73–.81``; with signs where one is negative."""
     if value.value != value.value:
-        return "–"
-    if value.low != value.low:
-        return f"{value.value:.{digits}f}"
-    return f"{value.value:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+        return Text("–")
+    text = Text(f"{value.value:.2f}".replace("-", "−"))
+    if value.low == value.low:
+        low, high = _short(value.low), _short(value.high)
+        text.append(f" {low}–{high}" if value.low >= 0 else f" {low} to {high}", style="dim")
+    return text
+
+
+def _short(number: float) -> str:
+    return f"{number:.2f}".replace("0.", ".", 1).replace("-", "−")
 
 
 def _lead(value: Interval | None) -> Text:
-    """Signed; in colour where the interval excludes 0."""
+    """In colour where the interval excludes 0."""
     if value is None or value.value != value.value:
         return Text("")
-    text = f"{value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}]".replace("-", "−")
-    style = "green" if value.low > 0 else "red" if value.high < 0 else ""
-    return Text(text, style=style)
+    text = Text(_interval(value).plain)
+    text.stylize("green" if value.low > 0 else "red" if value.high < 0 else "")
+    return text
