@@ -101,5 +101,20 @@ def forward(
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
     if last_only and "logits_to_keep" in parameters:
         inputs["logits_to_keep"] = 1
-    with torch.inference_mode():
+    with torch.inference_mode(), _contiguous_unembedding(model):
         return model.model(**inputs, use_cache=False)
+
+
+@contextlib.contextmanager
+def _contiguous_unembedding(model: LanguageModel) -> Iterator[None]:
+    """The last position of each row is a strided view, which PyTorch multiplies row by row, not as one matrix.
+
+    With Gemma's 262,000 words that was nine tenths of a forward pass.
+    """
+    handle = model.unembedding.register_forward_pre_hook(
+        lambda _module, inputs: (inputs[0].contiguous(), *inputs[1:])
+    )
+    try:
+        yield
+    finally:
+        handle.remove()

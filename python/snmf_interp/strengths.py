@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import hooks
-from .steering import Intervention, steer
+from .steering import Intervention, as_direction, steer
 
 if TYPE_CHECKING:
     from .models import LanguageModel
@@ -133,6 +133,7 @@ def solve_strengths(
         raise ValueError(f"max_strength: wanted more than 0, got {max_strength}")
     if batch_size < 1:
         raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
+    direction = as_direction(direction)
     meter = _Meter(model, layer, prompts, positions, batch_size)
     limit = _LAST * meter.typical_norm if max_strength is None else max_strength
     first = min(_FIRST * meter.typical_norm, limit)
