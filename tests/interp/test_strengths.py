@@ -136,7 +136,7 @@ def search(
     kl: Callable[[float], float], targets: list[float], *, first: float = 0.1, limit: float = 1e4
 ) -> tuple[list[Strength], dict[float, float]]:
     """The search itself on a given curve, and all that it measured."""
-    found = strengths._Search(targets, first, limit, TOLERANCE)
+    found = strengths.Search(targets, first, limit, TOLERANCE)
     seen: dict[float, float] = {}
     rounds = 0
     while wanted := found.proposals():
