@@ -391,7 +391,10 @@ class TestErrors:
 
     def test_rows_that_do_not_fit(self, make_model: Maker) -> None:
         model = make_model()
-        with steer(model, {1: torch.eye(WIDTH)[:3]}, strength=1.0), pytest.raises(ValueError, match="got 3 vectors"):
+        with (
+            steer(model, {1: torch.eye(WIDTH)[:3]}, strength=1.0),
+            pytest.raises(ValueError, match="got 3 vectors"),
+        ):
             logits(model)
         with pytest.raises(ValueError, match=r"wanted finite values of shape \[d_mlp\], got shape \[3, 24\]"):
             solve_strength(model, 1, torch.eye(WIDTH)[:3], 0.1)
