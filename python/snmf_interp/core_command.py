@@ -225,7 +225,7 @@ def _path(run: Run, layer: int, concepts: str) -> Path:
     from .word_groups import groups
 
     name = concepts if concepts in groups() else "words"
-    return run.factors_path(layer).parent / "core" / f"{name}.json"
+    return run.core_folder(layer) / f"{name}.json"
 
 
 def _kept(run: Run, layer: int, concepts: str, options: dict[str, Any]) -> dict[str, Any] | None:
@@ -270,7 +270,7 @@ def _show(screen: Console, model: str, layer: int, result: dict[str, Any]) -> No
             f"\nChange of each word's logit, less that of words as likely before ({options['controls']} a word), in "
             f"nats, mean of {len(table['prompts'])} prompts, at KL {table['target']:g}. random: {options['random']} "
             "sets of the same size and weights on other neurons. >: the core's mean, or own less the other members'. "
-            "p: share of random sets that do as well; not corrected for the number of rows.",
+            "p: (1 + random sets that do as well) / (1 + all); not corrected for the number of rows.",
             style="dim",
         )
     )

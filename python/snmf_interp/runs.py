@@ -9,6 +9,7 @@
     tokens.json                     the text of each token that occurs
     llm/                            answers of language models as they came
     layer_6/tree/                   a snmf_interp.Hierarchy, how it was made, and what its features stand for
+    layer_6/core/                   what neurons that groups of words share do to them, from snmf core
     layer_6/starts/                 fits from other starts, for snmf_interp.stability
     layer_6/k_evidence.json         what spoke for each k, for --k auto
     compare/                        what another checkpoint makes of the texts
@@ -198,8 +199,9 @@ class Run:
             seconds = time.perf_counter() - started
             # Neither the record nor the descriptions and labels of old factors may outlive them.
             self.features_path(layer).unlink(missing_ok=True)
-            if self.labels_folder(layer).is_dir():
-                shutil.rmtree(self.labels_folder(layer))
+            for made in (self.labels_folder(layer), self.core_folder(layer)):
+                if made.is_dir():
+                    shutil.rmtree(made)
             if self.config["layers"].pop(str(layer), None):
                 files.write_json(self.path / CONFIG, self.config)
             self.factors_path(layer).parent.mkdir(parents=True, exist_ok=True)
@@ -431,6 +433,10 @@ class Run:
     def labels_folder(self, layer: int) -> Path:
         """Where a layer's labels are, once made."""
         return self.path / f"layer_{layer}" / "labels"
+
+    def core_folder(self, layer: int) -> Path:
+        """Where the tables of ``snmf core`` are, once made."""
+        return self.path / f"layer_{layer}" / "core"
 
     @property
     def answers(self) -> Path:
