@@ -544,7 +544,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", sharey="row")
+    fig, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", sharey="row", sharex="col")
     for column, name in enumerate(MODELS):
         top, bottom = axes[0][column], axes[1][column]
         rows = sorted(
@@ -594,7 +594,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
         bottom.set_xlabel("layer")
     axes[0][0].set_ylabel("share")
     axes[1][0].set_ylabel("statistic on the discovery half, logits")
-    axes[0][1].legend(fontsize=7)
+    axes[0][1].legend(fontsize=7, framealpha=0.6)
     axes[1][1].legend(fontsize=7)
     fig.savefig(path, dpi=110)
 
