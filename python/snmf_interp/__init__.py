@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .activations import collect
     from .choosing import KChoice, suggest_k
     from .compare import Difference, compare_stores
+    from .core import Assignment, NeuronSets, assign_features, neuron_sets
     from .evaluation import (
         Detection,
         best_neurons,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     )
     from .features import Feature, describe
     from .generation import Continuation, generate
+    from .group_effects import InterventionTable, SetEffect, intervention_table
     from .hierarchy import HierarchyState, fit_hierarchy
     from .joint import JointOptions
     from .judging import Judgement, Qualification, judge, qualify
@@ -55,9 +57,12 @@ if TYPE_CHECKING:
     from .supports import Overlap, overlap
     from .texts import Sample, read_texts
     from .trees import Description, Tree, build_tree, describe_levels
+    from .word_groups import group_sentences
+    from .word_meter import matched_words
 
 __all__ = [
     "ActivationStore",
+    "Assignment",
     "Continuation",
     "Description",
     "Detection",
@@ -66,6 +71,7 @@ __all__ = [
     "Hierarchy",
     "HierarchyState",
     "Intervention",
+    "InterventionTable",
     "JointOptions",
     "Judgement",
     "KChoice",
@@ -74,15 +80,18 @@ __all__ = [
     "Level",
     "LocalModel",
     "NeuronIndex",
+    "NeuronSets",
     "OpenAIModel",
     "Overlap",
     "Qualification",
     "Report",
     "Sample",
     "SentenceDetection",
+    "SetEffect",
     "Stability",
     "Strength",
     "Tree",
+    "assign_features",
     "best_neurons",
     "build_tree",
     "collect",
@@ -94,13 +103,17 @@ __all__ = [
     "feature_neurons",
     "fit_hierarchy",
     "generate",
+    "group_sentences",
+    "intervention_table",
     "judge",
     "label_features",
     "load_model",
     "match_features",
+    "matched_words",
     "nearest_by_coefficients",
     "nearest_by_direction",
     "nearest_by_neurons",
+    "neuron_sets",
     "overlap",
     "pair_overlap",
     "permuted_labels",
@@ -119,6 +132,7 @@ __all__ = [
 
 _HOMES = {
     "ActivationStore": "store",
+    "Assignment": "core",
     "Continuation": "generation",
     "Description": "trees",
     "Detection": "evaluation",
@@ -127,6 +141,7 @@ _HOMES = {
     "Hierarchy": "levels",
     "HierarchyState": "hierarchy",
     "Intervention": "steering",
+    "InterventionTable": "group_effects",
     "JointOptions": "joint",
     "Judgement": "judging",
     "KChoice": "choosing",
@@ -135,15 +150,18 @@ _HOMES = {
     "Level": "levels",
     "LocalModel": "llm",
     "NeuronIndex": "provenance",
+    "NeuronSets": "core",
     "OpenAIModel": "llm",
     "Overlap": "supports",
     "Qualification": "judging",
     "Report": "report",
     "Sample": "texts",
     "SentenceDetection": "sentences",
+    "SetEffect": "group_effects",
     "Stability": "stability",
     "Strength": "strengths",
     "Tree": "trees",
+    "assign_features": "core",
     "best_neurons": "evaluation",
     "build_tree": "trees",
     "collect": "activations",
@@ -155,13 +173,17 @@ _HOMES = {
     "feature_neurons": "provenance",
     "fit_hierarchy": "hierarchy",
     "generate": "generation",
+    "group_sentences": "word_groups",
+    "intervention_table": "group_effects",
     "judge": "judging",
     "label_features": "labels",
     "load_model": "models",
     "match_features": "stability",
+    "matched_words": "word_meter",
     "nearest_by_coefficients": "provenance",
     "nearest_by_direction": "provenance",
     "nearest_by_neurons": "provenance",
+    "neuron_sets": "core",
     "overlap": "supports",
     "pair_overlap": "provenance",
     "permuted_labels": "evaluation",

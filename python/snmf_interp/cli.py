@@ -17,6 +17,7 @@ from rich.text import Text
 
 from . import (
     compare_command,
+    core_command,
     eval_command,
     label_command,
     provenance_command,
@@ -476,6 +477,7 @@ _command("report")(report_command.report)
 
 _command("tree")(tree_command.tree)
 
+_command("core")(core_command.core)
 _command("neuron")(provenance_command.neuron)
 _command("overlap")(provenance_command.overlap)
 _command("nearest")(provenance_command.nearest)

@@ -101,7 +101,8 @@ def forward(
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
     if last_only and "logits_to_keep" in parameters:
         inputs["logits_to_keep"] = 1
-    with torch.inference_mode(), contiguous_unembedding(model):
+    faster = contiguous_unembedding(model) if last_only else contextlib.nullcontext()
+    with torch.inference_mode(), faster:
         return model.model(**inputs, use_cache=False)
 
 

@@ -62,7 +62,8 @@ def write_report(
         layers: which; by default all factorised ones.
         model: what the run was collected from, or what loads it; by default :meth:`Run.load_model`. It is needed once:
             what it says about the features is kept in the run.
-        hierarchy: per layer what ``Tree.to_json`` gives.
+        hierarchy: per layer what ``Tree.to_json`` gives; of other layers the hierarchy that ``snmf tree`` has kept in
+            the run is shown.
         steering: what ``snmf steer --json`` printed, for features.
         title: by default the model's name and the run's folder.
         max_bytes: of the file. Of each feature as many contexts are kept as fit, strongest first.
@@ -92,6 +93,8 @@ def write_report(
         features = run.features(layer, load)
         labels = read_sources(run.labels_folder(layer))
         texts = run.token_texts(load)
+        if layer not in trees and (kept := run.tree(layer)) is not None:
+            trees[layer] = kept.to_json()
         content.append(layer_data(layer, features, factors, store, texts, labels, trees.get(layer)))
     name = run.config["model"]["name"]
     data = {"layers": content, "steering": steering_data(steering)}

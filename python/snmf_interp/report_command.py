@@ -31,7 +31,8 @@ def report(
         list[str] | None,
         typer.Option(
             metavar="LAYER=FILE",
-            help="A hierarchy of a layer, as snmf tree --export wrote it to a .json file.",
+            help="A hierarchy of a layer, as snmf tree --export wrote it to a .json file, instead of the one that "
+            "snmf tree keeps in the run.",
         ),
     ] = None,
     steering: Annotated[
@@ -46,7 +47,8 @@ def report(
     """Write a run as one HTML page to explore: features in context, neurons, overlaps, and the run's facts.
 
     The page needs no network and no server: open it from disk, or send it to someone. With labels (snmf label) it
-    shows their names. Features that are not described yet are described first, which needs the model.
+    shows their names, with a hierarchy (snmf tree) the tree. Features that are not described yet are described first,
+    which needs the model.
     """
     from .report import write_report
     from .runs import Run

@@ -9,6 +9,7 @@
     tokens.json                     the text of each token that occurs
     llm/                            answers of language models as they came
     layer_6/tree/                   a snmf_interp.Hierarchy, how it was made, and what its features stand for
+    layer_6/core/                   what neurons that groups of words share do to them, from snmf core
     layer_6/starts/                 fits from other starts, for snmf_interp.stability
     layer_6/k_evidence.json         what spoke for each k, for --k auto
     compare/                        what another checkpoint makes of the texts
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from .models import LanguageModel
     from .store import ActivationStore
     from .texts import Sample
-    from .trees import Description, Place
+    from .trees import Description, Place, Tree
 
 FORMAT = 1
 CONFIG, ACTIVATIONS, WORDS, TOKENS = "config.json", "activations", "words.json", "tokens.json"
@@ -198,8 +199,9 @@ class Run:
             seconds = time.perf_counter() - started
             # Neither the record nor the descriptions and labels of old factors may outlive them.
             self.features_path(layer).unlink(missing_ok=True)
-            if self.labels_folder(layer).is_dir():
-                shutil.rmtree(self.labels_folder(layer))
+            for made in (self.labels_folder(layer), self.core_folder(layer)):
+                if made.is_dir():
+                    shutil.rmtree(made)
             if self.config["layers"].pop(str(layer), None):
                 files.write_json(self.path / CONFIG, self.config)
             self.factors_path(layer).parent.mkdir(parents=True, exist_ok=True)
@@ -312,10 +314,7 @@ class Run:
             fitted = self.config["layers"][str(layer)]
             solver = fitted["solver_options"]
             if (solver["k"], solver["keep"], solver["neuron_scale"]) == (sizes[0], keep, neuron_scale):
-                base, base_record = (
-                    self.factors(layer),
-                    fitted["options"] | {"loss": fitted["relative_error"]},
-                )
+                base, base_record = self.factors(layer), self._base_record(layer)
         folder = self._tree(layer)
         manifest, result = folder / "manifest.json", folder / "hierarchy.safetensors"
         wanted = {
@@ -389,6 +388,27 @@ class Run:
         write_descriptions(path, found)
         return found
 
+    def tree(self, layer: int) -> Tree | None:
+        """The finished hierarchy of a layer, as ``snmf tree`` shows it by default; None where there is none.
+
+        With what its features stand for, where that is known. One that grew out of a factorisation that has been
+        replaced since is none of this layer's.
+        """
+        from .levels import Hierarchy
+        from .trees import build_tree, read_descriptions
+
+        folder = self._tree(layer)
+        manifest, result = folder / "manifest.json", folder / "hierarchy.safetensors"
+        if not (manifest.is_file() and result.is_file()):
+            return None
+        base = files.read_versioned(manifest, 1)["options"]["base"]
+        if base is not None and base != self._base_record(layer):
+            return None
+        described = folder / "descriptions.json"
+        return build_tree(
+            Hierarchy.load(result), descriptions=read_descriptions(described) if described.is_file() else None
+        )
+
     def token_texts(self, model: LanguageModel | Callable[[], LanguageModel]) -> dict[int, str]:
         """The text of each token that occurs in the texts, but for special ones, by id.
 
@@ -432,6 +452,10 @@ class Run:
         """Where a layer's labels are, once made."""
         return self.path / f"layer_{layer}" / "labels"
 
+    def core_folder(self, layer: int) -> Path:
+        """Where the tables of ``snmf core`` are, once made."""
+        return self.path / f"layer_{layer}" / "core"
+
     @property
     def answers(self) -> Path:
         """Where the answers of language models are kept."""
@@ -456,6 +480,14 @@ class Run:
             raise FileNotFoundError(
                 f"layer {layer} of {self.path} is not factorised yet: `snmf fit {self.path} --layers {layer}`"
             )
+
+    def _base_record(self, layer: int) -> dict[str, Any] | None:
+        """What a hierarchy notes of the factorisation that it began with."""
+        if not self.is_fitted(layer):
+            return None
+        fitted = self.config["layers"][str(layer)]
+        record: dict[str, Any] = fitted["options"] | {"loss": fitted["relative_error"]}
+        return record
 
     def _tree(self, layer: int) -> Path:
         return self.path / f"layer_{layer}" / "tree"

@@ -46,7 +46,8 @@ class Intervention:
     ========== ============================ =======================================
 
     Attributes:
-        vector: ``[d_mlp]``, a torch tensor or numpy array of any length but zero.
+        vector: ``[d_mlp]``, a torch tensor or numpy array of any length but zero; or ``[b, d_mlp]``, one for each
+            row of the batch.
         mode: see above.
         strength: α, in units of activation, of either sign; or ``[b]``, one for each row of the batch.
             ``"ablate"`` takes none.
@@ -80,11 +81,11 @@ class Intervention:
         neurons = None if self.neurons is None else _indices(self.neurons)
         if self.vector is None:
             return
-        direction = as_direction(self.vector)
+        direction = as_direction(self.vector, rows=True)
         if neurons is not None:
-            _check_range(neurons, len(direction))
-            direction = direction[neurons.to(direction.device)]
-        if not float(direction.detach().norm()) > 0:
+            _check_range(neurons, direction.shape[-1])
+            direction = direction[..., neurons.to(direction.device)]
+        if not bool((direction.detach().norm(dim=-1) > 0).all()):
             part = "" if neurons is None else f" on the {len(neurons)} neurons"
             raise ValueError(f"vector: it is zero{part}, and so has no direction")
 
@@ -129,8 +130,8 @@ def steer(
     A model that ``torch.compile`` has compiled already would go on without the hooks; therefore compiled code
     of this process runs eagerly inside the block, at eager speed.
 
-    Strengths for each row ``[b]`` need a batch of exactly that many rows; ``num_return_sequences`` and beams
-    of ``generate`` multiply the rows.
+    Strengths ``[b]`` and vectors ``[b, d_mlp]`` for each row need a batch of exactly that many rows;
+    ``num_return_sequences`` and beams of ``generate`` multiply the rows.
 
     Raises:
         ValueError: a layer, neuron or width does not belong to the model, or ``strength`` has no bare vector to
@@ -147,7 +148,7 @@ def steer(
     try:
         for layer, ordered in changes.items():
             site = _Site(ordered)
-            if any(change.strength.ndim for change in ordered):
+            if any(change.by_row for change in ordered):
                 handles.append(
                     model.block(layer).register_forward_pre_hook(site.count_rows, with_kwargs=True)
                 )
@@ -159,8 +160,8 @@ def steer(
             handle.remove()
 
 
-def as_direction(vector: Any) -> Tensor:
-    """``vector`` as a float32 tensor ``[d_mlp]``.
+def as_direction(vector: Any, *, rows: bool = False) -> Tensor:
+    """``vector`` as a float32 tensor ``[d_mlp]``, or with ``rows`` also ``[b, d_mlp]``.
 
     Raises:
         ValueError: it is not a finite vector.
@@ -169,9 +170,11 @@ def as_direction(vector: Any) -> Tensor:
     if not isinstance(vector, Tensor | np.ndarray):
         raise TypeError(f"vector: wanted a torch tensor or numpy array [d_mlp], got {type(vector).__name__}")
     direction = torch.as_tensor(vector).float()
-    if direction.ndim != 1 or not direction.isfinite().all():
-        what = f"shape {list(direction.shape)}" if direction.ndim != 1 else "values that are not finite"
-        raise ValueError(f"vector: wanted finite values of shape [d_mlp], got {what}")
+    fits = direction.numel() > 0 and direction.ndim in ((1, 2) if rows else (1,))
+    if not fits or not direction.isfinite().all():
+        what = "values that are not finite" if fits else f"shape {list(direction.shape)}"
+        wanted = "[d_mlp] or [b, d_mlp]" if rows else "[d_mlp]"
+        raise ValueError(f"vector: wanted finite values of shape {wanted}, got {what}")
     return direction
 
 
@@ -187,30 +190,39 @@ class _Change:
         self.mask = mask.to(device)
         self.unit: Tensor | None = None
         if intervention.vector is not None:
-            direction = as_direction(intervention.vector)
-            if len(direction) != width:
+            direction = as_direction(intervention.vector, rows=True)
+            if direction.shape[-1] != width:
                 raise ValueError(
                     f"vector: wanted {width} entries, one for each neuron of layer {layer}, "
-                    f"got {len(direction)}"
+                    f"got {direction.shape[-1]}"
                 )
             kept = direction.to(device) * self.mask
-            self.unit = kept / kept.norm()
+            self.unit = kept / kept.norm(dim=-1, keepdim=True)
         self.adds = intervention.mode == "add"
         given = 0.0 if intervention.mode == "ablate" else intervention.strength
         self.strength = torch.as_tensor(given, dtype=torch.float32).to(device)
 
-    def __call__(self, x: Tensor, strength: Tensor) -> Tensor:
-        """``x [..., d_mlp]`` changed, as a new tensor of its dtype; ``strength`` has x's number of axes, or 0."""
+    @property
+    def by_row(self) -> bool:
+        """Whether the rows of a batch are changed differently."""
+        return self.strength.ndim > 0 or (self.unit is not None and self.unit.ndim > 1)
+
+    def __call__(self, x: Tensor, strength: Tensor, unit: Tensor | None) -> Tensor:
+        """``x [..., d_mlp]`` changed, as a new tensor of its dtype.
+
+        ``strength`` and ``unit`` are those of this change, with x's number of axes where they differ by row.
+        """
         precise = torch.promote_types(x.dtype, torch.float32)
         strength = strength.to(x.device, precise)
-        unit = None if self.unit is None else self.unit.to(x.device, precise)
+        unit = None if unit is None else unit.to(x.device, precise)
         mask = self.mask.to(x.device)
         if self.adds:
             return x + (strength * (mask if unit is None else unit)).to(x.dtype)
         if unit is None:
             return torch.where(mask, strength.to(x.dtype), x)
         wide = x.to(precise)
-        return (wide + (strength - (wide @ unit)[..., None]) * unit).to(x.dtype)
+        along = (wide * unit).sum(-1, keepdim=True) if unit.ndim > 1 else (wide @ unit)[..., None]
+        return (wide + (strength - along) * unit).to(x.dtype)
 
 
 class _Site:
@@ -227,21 +239,26 @@ class _Site:
     def __call__(self, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x = inputs[0]
         for change in self.changes:
-            x = change(x, self._spread(change.strength, x))
+            strength = change.strength
+            if strength.ndim:
+                strength = self._spread(strength[:, None], x, "strength")
+            unit = change.unit
+            if unit is not None and unit.ndim > 1:
+                unit = self._spread(unit, x, "vector")
+            x = change(x, strength, unit)
         return (x, *inputs[1:])
 
-    def _spread(self, strength: Tensor, x: Tensor) -> Tensor:
-        """Strengths ``[b]`` along x's first axis, or a single one as it is."""
-        if not strength.ndim:
-            return strength
-        if len(strength) != self.rows:
+    def _spread(self, values: Tensor, x: Tensor, name: str) -> Tensor:
+        """``values [b, m]``, one row for each row of the batch, along x's first axis and with its number of axes."""
+        if len(values) != self.rows:
             raise ValueError(
-                f"strength: got {len(strength)} strengths for a batch of {self.rows} rows; wanted one a row, "
-                "or a single number"
+                f"{name}: got {len(values)} {name}s for a batch of {self.rows} rows; wanted one a row, "
+                f"or a single {'number' if name == 'strength' else 'one'}"
             )
         # x is [b, t, d], or [b * t, d].
         per_row = math.prod(x.shape[:-1]) // max(self.rows, 1) if x.ndim == 2 else 1
-        return strength.repeat_interleave(per_row).reshape(-1, *[1] * (x.ndim - 1))
+        spread = values.repeat_interleave(per_row, 0)
+        return spread.reshape(len(spread), *[1] * (x.ndim - 2), values.shape[1])
 
 
 def _changes(

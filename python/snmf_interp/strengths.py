@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import hooks
-from .steering import Intervention, steer
+from .steering import Intervention, as_direction, steer
 
 if TYPE_CHECKING:
     from .models import LanguageModel
@@ -35,7 +35,7 @@ PROMPTS = (
     "It all began with",
 )
 # The ladder of strengths starts at this share of the layer's typical activation norm, and ends at this many.
-_FIRST, _LAST = 1 / 16, 1024.0
+FIRST, LAST = 1 / 16, 1024.0
 # Rungs that are measured together.
 _RUNGS = 5
 # A bracket that is as narrow as this, relative to its end, is at the limit of single precision.
@@ -133,10 +133,11 @@ def solve_strengths(
         raise ValueError(f"max_strength: wanted more than 0, got {max_strength}")
     if batch_size < 1:
         raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
+    direction = as_direction(direction)
     meter = _Meter(model, layer, prompts, positions, batch_size)
-    limit = _LAST * meter.typical_norm if max_strength is None else max_strength
-    first = min(_FIRST * meter.typical_norm, limit)
-    searches = {sign: _Search(targets, first, limit, tolerance) for sign in signs}
+    limit = LAST * meter.typical_norm if max_strength is None else max_strength
+    first = min(FIRST * meter.typical_norm, limit)
+    searches = {sign: Search(targets, first, limit, tolerance) for sign in signs}
     while wanted := [(sign, alpha) for sign, search in searches.items() for alpha in search.proposals()]:
         measured = meter.divergences(direction, neurons, [sign * alpha for sign, alpha in wanted])
         for (sign, alpha), value in zip(wanted, measured, strict=True):
@@ -206,7 +207,7 @@ def _divergence(reference: Tensor, steered: Tensor) -> Tensor:
     return terms.sum(-1).clamp_min(0).mean().double().cpu()
 
 
-class _Search:
+class Search:
     """The search along one sign: proposes strengths, is told divergences, and knows when it is done."""
 
     def __init__(self, targets: Sequence[float], first: float, limit: float, tolerance: float) -> None:

@@ -13,8 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-# name -> file in snmf_interp.data
-BUNDLED = {"concepts": "concepts.json"}
+# Each is a corpus in snmf_interp.data; see _bundled.
+BUNDLED = ("concepts", "word-groups")
 _WANTED = "a string, or an object with 'text' (or 'prompt') and optionally 'label'"
 
 
@@ -35,8 +35,8 @@ def read_texts(
     """Read samples.
 
     Args:
-        source: ``"concepts"`` (the bundled corpus), a file, ``{label: [texts]}``, or a list of strings,
-            objects or samples. ``.jsonl``/``.ndjson``, ``.csv``/``.tsv`` and ``.json`` files hold ``text``
+        source: ``"concepts"`` or ``"word-groups"`` (the bundled corpora), a file, ``{label: [texts]}``, or a list of
+            strings, objects or samples. ``.jsonl``/``.ndjson``, ``.csv``/``.tsv`` and ``.json`` files hold ``text``
             (or ``prompt``) and optionally ``label``; a ``.json`` file may also hold ``{label: [texts]}`` or a
             list of strings. Any other file is plain text, one sample a line, blank lines skipped.
         chunk: read a plain-text file as one text and cut it into pieces of this many words.
@@ -52,8 +52,7 @@ def read_texts(
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk: wanted a number of words, at least 1, got {chunk}")
     if isinstance(source, str) and source in BUNDLED:
-        text = resources.files("snmf_interp.data").joinpath(BUNDLED[source]).read_text(encoding="utf-8")
-        samples, where = _from_json(text, source), f"the bundled corpus {source!r}"
+        samples, where = _bundled(source), f"the bundled corpus {source!r}"
     elif isinstance(source, str | Path):
         samples, where = _from_file(Path(source).expanduser(), chunk), str(source)
     elif isinstance(source, Mapping):
@@ -72,6 +71,15 @@ def digest(samples: Iterable[Sample]) -> str:
     for sample in samples:
         total.update(repr((sample.id, sample.text, sample.label)).encode())
     return total.hexdigest()[:16]
+
+
+def _bundled(name: str) -> list[Sample]:
+    if name == "word-groups":
+        from .word_groups import group_sentences
+
+        return [sentence.sample for sentence in group_sentences()]
+    text = resources.files("snmf_interp.data").joinpath("concepts.json").read_text(encoding="utf-8")
+    return _from_json(text, name)
 
 
 def _from_file(path: Path, chunk: int | None) -> list[Sample]:

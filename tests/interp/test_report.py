@@ -342,6 +342,30 @@ def test_a_hierarchy_that_is_none(
         write_report(run, run.path / "r.html", model=model, hierarchy={0: without})
 
 
+def test_tree_of_the_run(run: Run, model: LanguageModel) -> None:
+    """What snmf tree has kept is on the page without being asked for, until its features are replaced."""
+    assert run.tree(0) is None
+    k = run.factors(0).k
+    options = run.config["layers"]["0"]["solver_options"]
+    run.hierarchy(0, [k, 1], keep=options["keep"], neuron_scale=options["neuron_scale"])
+    tree = written(run, model).data["layers"][0]["tree"]
+    assert tree["sizes"] == [k, 1]
+    assert "words" not in tree["nodes"][0]
+    run.descriptions(0, model)
+    described = written(run, model).data["layers"][0]["tree"]
+    assert any(node.get("words") for node in described["nodes"])
+    # A tree that is given goes before it.
+    assert written(run, model, hierarchy={0: TREE}).data["layers"][0]["tree"]["sizes"] == [2, 1]
+    unfinished = run.path / "layer_0" / "tree" / "hierarchy.safetensors"
+    held = unfinished.read_bytes()
+    unfinished.unlink()
+    assert run.tree(0) is None
+    unfinished.write_bytes(held)
+    assert run.tree(0) is not None
+    list(run.fit([0], k, overwrite=True, seed=9))
+    assert run.tree(0) is None
+
+
 def test_steering_records(run: Run, model: LanguageModel) -> None:
     ablated = steered(feature=2)
     ablated["steered"][0] |= {"mode": "ablate", "strength": None, "solved": None}

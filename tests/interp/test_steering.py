@@ -81,6 +81,21 @@ class TestAdd:
                 torch.testing.assert_close(row[None], logits(model, ids[:1]), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(together[0], logits(model)[0], rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize("mode", ["add", "ablate", "clamp"])
+    def test_a_vector_for_each_row(self, mode: Any, model: LanguageModel) -> None:
+        """The batch gives what each row gives alone, where the projection's input is flattened too (OPT)."""
+        vectors = torch.stack([vector(1), 5 * vector(2), vector(3)])
+        strengths = None if mode == "ablate" else torch.tensor([3.0, -2.0, 1.0])
+        ids = torch.stack([IDS[0], IDS[1], IDS[0]])
+        with steer(model, {1: Intervention(vectors, mode, strengths, neurons=range(3, 20))}):
+            together = logits(model, ids)
+        for row in range(3):
+            strength = None if strengths is None else float(strengths[row])
+            with steer(model, {1: Intervention(vectors[row], mode, strength, neurons=range(3, 20))}):
+                alone = logits(model, ids[row : row + 1])
+            torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4)
+        assert (together[0] - together[2]).abs().max() > 1e-2
+
     def test_neurons(self, make_model: Maker) -> None:
         model = make_model()
         before = activations(model, 1)
@@ -336,7 +351,9 @@ class TestErrors:
             ({"vector": torch.zeros(WIDTH), "strength": 1.0}, "it is zero, and so has no direction"),
             ({"vector": torch.eye(WIDTH)[0], "strength": 1.0, "neurons": [1, 2]}, "zero on the 2 neurons"),
             ({"vector": torch.full((WIDTH,), torch.nan), "strength": 1.0}, "not finite"),
-            ({"vector": torch.ones(2, WIDTH), "strength": 1.0}, r"shape \[2, 24\]"),
+            ({"vector": torch.ones(2, 1, WIDTH), "strength": 1.0}, r"shape \[2, 1, 24\]"),
+            ({"vector": torch.ones(0, WIDTH), "strength": 1.0}, r"shape \[0, 24\]"),
+            ({"vector": torch.eye(WIDTH)[:2], "strength": 1.0, "neurons": [1, 2]}, "zero on the 2 neurons"),
             ({"vector": vector(), "strength": 1.0, "neurons": [24]}, "are 0-23, got 24"),
             ({"vector": vector(), "strength": 1.0, "neurons": [-1]}, "are 0-23, got -1"),
             ({"neurons": [], "mode": "ablate"}, "at least one whole number"),
@@ -371,6 +388,16 @@ class TestErrors:
     ) -> None:
         with pytest.raises(error, match=message), steer(make_model(), interventions, strength=strength):
             pass
+
+    def test_rows_that_do_not_fit(self, make_model: Maker) -> None:
+        model = make_model()
+        with (
+            steer(model, {1: torch.eye(WIDTH)[:3]}, strength=1.0),
+            pytest.raises(ValueError, match="got 3 vectors"),
+        ):
+            logits(model)
+        with pytest.raises(ValueError, match=r"wanted finite values of shape \[d_mlp\], got shape \[3, 24\]"):
+            solve_strength(model, 1, torch.eye(WIDTH)[:3], 0.1)
 
     def test_vector_of_another_kind(self) -> None:
         with pytest.raises(TypeError, match="wanted a torch tensor or numpy array"):

@@ -88,6 +88,16 @@ def test_length_does_not_matter_and_neurons_do(make_model: Maker) -> None:
     assert part.strength != pytest.approx(one.strength, rel=1e-2)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt"])
+def test_last_only(family: str, make_model: Maker) -> None:
+    """The last position's logits alone are those of the whole pass, and no hook is left."""
+    model = make_model(family)
+    ids, mask = hooks.pad([model.encode(prompt) for prompt in PROMPTS], side="left", pad_id=0)
+    alone = hooks.forward(model, ids, mask, last_only=True).logits[:, -1]
+    torch.testing.assert_close(alone, hooks.forward(model, ids, mask).logits[:, -1], rtol=1e-4, atol=1e-4)
+    assert not model.unembedding._forward_pre_hooks
+
+
 def test_not_reached(make_model: Maker) -> None:
     """A norm behind the MLP (Gemma 2 and 3) bounds what any strength can do; the same where the caller does."""
     model = make_model("gemma3")
@@ -136,7 +146,7 @@ def search(
     kl: Callable[[float], float], targets: list[float], *, first: float = 0.1, limit: float = 1e4
 ) -> tuple[list[Strength], dict[float, float]]:
     """The search itself on a given curve, and all that it measured."""
-    found = strengths._Search(targets, first, limit, TOLERANCE)
+    found = strengths.Search(targets, first, limit, TOLERANCE)
     seen: dict[float, float] = {}
     rounds = 0
     while wanted := found.proposals():

@@ -1,0 +1,350 @@
+"""``snmf core``: what the features of a group of words share, what each has alone, and what both do to the words."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from . import terminal
+from .arguments import DeviceOption
+
+if TYPE_CHECKING:
+    from .models import LanguageModel
+    from .runs import Run
+
+FORMAT = 1
+# Where most weekdays have a feature and share neurons at k = 400, on one half of the sentences (benchmarks/core).
+LAYERS = {"smollm2-135m": 0, "gemma-3-270m": 3}
+K = 400
+
+
+def core(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_MODEL",
+            help="A run's folder, collected from word-groups or from texts labelled with the words; or a model, which "
+            "is then collected and fitted.",
+        ),
+    ],
+    concepts: Annotated[
+        str,
+        typer.Option(help="weekdays, months, seasons, numbers or family; or words such as cat,dog,horse."),
+    ] = "weekdays",
+    layer: Annotated[
+        int | None,
+        typer.Option(help="Which layer.", show_default="the run's only one; of a bundled model one"),
+    ] = None,
+    k: Annotated[int, typer.Option(help="Features to fit; a run that is fitted has its own.")] = K,
+    neuron_scale: Annotated[
+        str, typer.Option(help="For the fit: none, with which features share more neurons, or rms.")
+    ] = "none",
+    m: Annotated[
+        int | None,
+        typer.Option(
+            help="A neuron in so many of the features is core.",
+            show_default="the fewest that chance does not reach",
+        ),
+    ] = None,
+    least: Annotated[
+        float, typer.Option(help="Leave out words whose feature has a lower average precision.")
+    ] = 0.5,
+    kl: Annotated[float, typer.Option(help="Steer to this divergence of the next token, in nats.")] = 0.25,
+    random: Annotated[
+        int, typer.Option(help="Random sets for each set; p-values go down to 1/(this + 1).")
+    ] = 39,
+    controls: Annotated[int, typer.Option(help="Frequency-matched words for each word.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the random sets.")] = 0,
+    out: Annotated[
+        Path, typer.Option(help="Where a model's run goes: into a folder of its name in here.")
+    ] = Path("results/core"),
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    device: DeviceOption = None,
+) -> None:
+    """Core and exclusive neurons of a group of words: do they raise all of them, and each its own?
+
+    Each word gets the feature that detects its sentences best, of one half of the corpus. Core neurons are in
+    several of these features, exclusive ones in one alone. Each set, and random sets of the same size and weights,
+    is steered to the same divergence; what is shown is the change of each word's logit, relative to words that
+    were as likely before.
+
+    `snmf core smollm2-135m --concepts weekdays` works as it stands, in a few minutes. The same command shows a finished
+    table again.
+    """
+    from .word_groups import groups
+
+    known = groups()
+    words = known.get(concepts) or [word.strip() for word in concepts.split(",") if word.strip()]
+    if concepts not in known and len(words) < 2:
+        raise ValueError(
+            f"--concepts: wanted one of {', '.join(known)}, or words such as cat,dog, got {concepts!r}"
+        )
+    if neuron_scale not in ("rms", "none"):
+        raise ValueError(f"--neuron-scale: wanted rms or none, got {neuron_scale!r}")
+    screen = Console(quiet=True) if as_json else terminal.console()
+    opened, layer, load = _opened(screen, target, layer, out, device)
+    if not opened.is_fitted(layer):
+        scale = None if neuron_scale == "none" else neuron_scale
+        with terminal.waiting(f"fitting layer {layer}"):
+            for number, record in opened.fit([layer], k, neuron_scale=scale):
+                terminal.fitted(screen, number, record)
+    options = {
+        "concepts": concepts, "words": words, "m": m, "least": least, "kl": kl, "random": random,
+        "controls": controls, "seed": seed, "fit": opened.config["layers"][str(layer)]["options"],
+        "relative_error": opened.config["layers"][str(layer)]["relative_error"],
+    }  # fmt: skip
+    result = _kept(opened, layer, concepts, options)
+    if result is None:
+        result = {"format": FORMAT, "options": options, **_measured(opened, layer, options, load, known)}
+        from . import files
+
+        files.write_json(_path(opened, layer, concepts), result)
+    if as_json:
+        typer.echo(json.dumps({"layer": layer, **result}, ensure_ascii=False))
+    else:
+        _show(screen, opened.config["model"]["name"], layer, result)
+
+
+def _opened(
+    screen: Console, target: str, layer: int | None, out: Path, device: str | None
+) -> tuple[Run, int, Callable[[], LanguageModel]]:
+    """The run, made if ``target`` is a model; its layer; and what loads the model."""
+    from .runs import ACTIVATIONS, CONFIG, Run
+    from .texts import digest, read_texts
+    from .word_groups import NAME
+
+    folder = Path(target)
+    if (folder / CONFIG).is_file() and (folder / ACTIVATIONS).is_dir():
+        opened = Run.open(folder)
+        if layer is None and len(opened.layers) > 1:
+            have = ", ".join(map(str, opened.fitted or opened.layers))
+            raise ValueError(f"--layer: {folder} has several layers ({have}); say which")
+        chosen = opened.layers[0] if layer is None else layer
+        opened.parse_layers(str(chosen))
+        return opened, chosen, terminal.loader(opened, device)
+    if layer is None and target not in LAYERS:
+        raise ValueError(f"--layer: say which layer of {target!r}; only the bundled models have one picked")
+    chosen = LAYERS[target] if layer is None else layer
+    folder = out / f"{Path(target).name}-layer-{chosen}"
+    samples = read_texts(NAME)
+    if (folder / CONFIG).is_file():
+        opened = Run.open(folder)
+        # Another model of the same name is told by its weights when it is loaded.
+        if opened.config["texts"]["digest"] == digest(samples):
+            return opened, chosen, terminal.loader(opened, device)
+
+    @functools.cache
+    def load() -> LanguageModel:
+        from .models import load_model
+
+        with terminal.waiting(f"loading {target}"):
+            return load_model(target, device=device)
+
+    opened = Run.collect(folder, load(), samples, [chosen], texts=NAME)
+    terminal.counts(screen, opened.config)
+    return opened, chosen, load
+
+
+def _measured(
+    run: Run,
+    layer: int,
+    options: dict[str, Any],
+    load: Callable[[], LanguageModel],
+    known: dict[str, list[str]],
+) -> dict[str, Any]:
+    import torch
+
+    from .concepts import average_precision, text_scores
+    from .core import assign_features
+    from .evaluation import split_texts
+    from .group_effects import intervention_table
+    from .word_groups import half_of
+    from .word_meter import is_single_token
+
+    store, factors, words = run.store(), run.factors(layer), options["words"]
+    labels = store.corpus.labels
+    if missing := [word for word in words if word not in labels]:
+        raise ValueError(
+            f"--concepts: no text of {run.path} has the label {missing[0]!r}; collect the run from texts that are "
+            "labelled with the words, such as word-groups"
+        )
+    halves = [half_of(id) for id in store.corpus.sample_ids]
+    train = (
+        split_texts(labels)
+        if None in halves
+        else torch.tensor([half == 0 for half in halves], dtype=torch.bool)
+    )
+    scores = text_scores(torch.as_tensor(factors.Y), store.samples(layer), len(labels))
+    found = assign_features(scores[:, train], [labels[i] for i in train.nonzero().squeeze(1).tolist()], words)
+    names, precision = average_precision(
+        scores[list(found.features)][:, ~train], [labels[i] for i in (~train).nonzero().squeeze(1).tolist()]
+    )
+    held_out = [float(precision[i, names.index(w)]) if w in names else None for i, w in enumerate(words)]
+    model = load()
+    members = {
+        word: feature
+        for word, feature in found.members(options["least"]).items()
+        if is_single_token(model, word)
+    }
+    result: dict[str, Any] = {"assignment": asdict(found) | {"held_out": held_out}, "table": None}
+    if len(members) < 2:
+        return result
+    others = {
+        name: fitting
+        for name, group in known.items()
+        if not set(group) & set(words) and (fitting := [w for w in group if is_single_token(model, w)])
+    }
+    with terminal.waiting(f"steering layer {layer} with {len(members) + 1} sets and random ones"):
+        table = intervention_table(
+            model,
+            layer,
+            torch.as_tensor(factors.Z),
+            members,
+            words=[word for word in words if is_single_token(model, word)],
+            related=others,
+            m=options["m"],
+            kl=options["kl"],
+            n_random=options["random"],
+            n_controls=options["controls"],
+            seed=options["seed"],
+        )
+    return result | {"table": table.as_dict()}
+
+
+def _path(run: Run, layer: int, concepts: str) -> Path:
+    from .word_groups import groups
+
+    name = concepts if concepts in groups() else "words"
+    return run.core_folder(layer) / f"{name}.json"
+
+
+def _kept(run: Run, layer: int, concepts: str, options: dict[str, Any]) -> dict[str, Any] | None:
+    """What an earlier call with the same options found, or None."""
+    from . import files
+
+    path = _path(run, layer, concepts)
+    if not path.is_file():
+        return None
+    there: dict[str, Any] = files.read_versioned(path, FORMAT)
+    return there if there["options"] == options else None
+
+
+def _show(screen: Console, model: str, layer: int, result: dict[str, Any]) -> None:
+    from .features import visible
+
+    options, assignment, table = result["options"], result["assignment"], result["table"]
+    screen.print(
+        Text(
+            f"\nLayer {layer} of {visible(model)}, {options['fit']['k']} features: {options['concepts']}\n",
+            style="bold",
+        )
+    )
+    screen.print(_features(assignment, options["least"], table))
+    if table is None:
+        line = f"fewer than two words have a feature with an average precision of {options['least']:g}"
+        screen.print(Text(f"\n{line}: no group to test (--least, --k, --layer)", style="yellow"))
+        return
+    sets = table["sets"]
+    screen.print(
+        Text(
+            f"\ncore: in {sets['m']} or more of {len(sets['members'])} features: {len(sets['core'])} neurons "
+            f"({sets['expected_core']:.2g} by chance)\n"
+        )
+    )
+    screen.print(_effects(table))
+    screen.print()
+    for line, style in _verdicts(table):
+        screen.print(Text(line, style=style), soft_wrap=True)
+    screen.print(
+        Text(
+            f"\nChange of each word's logit, less that of words as likely before ({options['controls']} a word), in "
+            f"nats, mean of {len(table['prompts'])} prompts, at KL {table['target']:g}. random: {options['random']} "
+            "sets of the same size and weights on other neurons. >: the core's mean, or own less the other members'. "
+            "p: (1 + random sets that do as well) / (1 + all); not corrected for the number of rows.",
+            style="dim",
+        )
+    )
+
+
+def _features(assignment: dict[str, Any], least: float, table: dict[str, Any] | None) -> Table:
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    shown.add_column("word")
+    for name in ("feature", "AP, chosen on", "AP, other half", "exclusive neurons"):
+        shown.add_column(name, justify="right")
+    exclusive = table["sets"]["exclusive"] if table else {}
+    rows = (assignment[name] for name in ("words", "features", "precision", "held_out"))
+    for word, feature, precision, held_out in zip(*rows, strict=True):
+        shown.add_row(
+            Text(word),
+            str(feature),
+            f"{precision:.2f}",
+            "" if held_out is None else f"{held_out:.2f}",
+            str(len(exclusive[word])) if word in exclusive else "left out",
+            style="" if precision >= least else "dim",
+        )
+    return shown
+
+
+def _effects(table: dict[str, Any]) -> Table:
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    shown.add_column("steered by", no_wrap=True)
+    shown.add_column("n", justify="right")
+    shown.add_column("KL", justify="right")
+    for word in table["words"]:
+        shown.add_column(word[:3] if len(table["words"]) > 4 else word, justify="right", no_wrap=True)
+    for name in (">", "random", "p"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    effects = [effect for effect in (table["core"], *table["exclusive"]) if effect is not None]
+    for effect in effects:
+        cells = []
+        for word in table["words"]:
+            bold = effect["name"] in (word, "core")
+            cells.append(Text(f"{effect['shifts'][word]:+.1f}", style="bold" if bold else ""))
+        random = effect["random"]
+        control = "" if random is None else f"{sum(random['statistics']) / random['count']:+.2f}"
+        achieved = Text(f"{effect['kl']:.2f}", style="" if effect["reached"] else "red")
+        shown.add_row(
+            Text(effect["name"]), str(len(effect["neurons"])), achieved, *cells, f"{effect['statistic']:+.2f}",
+            control, "" if effect["p_value"] is None else f"{effect['p_value']:.3f}",
+        )  # fmt: skip
+    return shown
+
+
+def _verdicts(table: dict[str, Any]) -> list[tuple[str, str]]:
+    """A line for the core, one for the exclusive sets, and what else to know."""
+    lines: list[tuple[str, str]] = []
+    core = table["core"]
+    if core is None:
+        lines.append(("core: none, or its weights cancel", "yellow"))
+    else:
+        least = table["core_minimum"]
+        p = "" if core["p_value"] is None else f", p = {core['p_value']:.3f}"
+        raises = "raises every member" if least > 0 else "does not raise every member"
+        others = ", ".join(f"{name} {value:+.2f}" for name, value in core["related"].items())
+        lines.append((f"core: {raises} (mean {core['statistic']:+.2f}, smallest {least:+.2f}{p})", "bold"))
+        if others:
+            lines.append((f"  other groups under it: {others}", ""))
+    if table["exclusive"]:
+        own = sum(effect["shifts"][effect["name"]] > 0 for effect in table["exclusive"])
+        p = "" if table["exclusive_p"] is None else f", p = {table['exclusive_p']:.3f}"
+        lines.append(
+            (
+                f"exclusive: {own} of {len(table['exclusive'])} raise their own word; own less the others' "
+                f"{table['exclusive_statistic']:+.2f} on average{p}",
+                "bold",
+            )
+        )
+    effects = [effect for effect in (core, *table["exclusive"]) if effect is not None]
+    if short := [effect["name"] for effect in effects if not effect["reached"]]:
+        lines.append((f"KL {table['target']:g} is not reached by {', '.join(short)}: not comparable", "red"))
+    return lines
