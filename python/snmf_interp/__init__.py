@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .activations import collect
+    from .autoencoders import load_autoencoder, train_autoencoder
     from .choosing import KChoice, suggest_k
     from .compare import Difference, compare_stores
     from .core import Assignment, NeuronSets, assign_features, neuron_sets
+    from .detecting import detect_concepts, hard_negatives
     from .evaluation import (
         Detection,
         best_neurons,
@@ -49,14 +51,18 @@ if TYPE_CHECKING:
         pair_overlap,
     )
     from .report import Report, write_report
+    from .rivals import Plan, Trial
     from .sentences import SentenceDetection, detect_sentences, write_sentences
     from .stability import Stability, match_features, stability_of
     from .steering import Intervention, steer
+    from .steering_protocol import Protocol, SteeringRecord, steer_concept
     from .store import ActivationStore
     from .strengths import Strength, solve_strength, solve_strengths
     from .supports import Overlap, overlap
+    from .text_scoring import JudgeScorer, WordScorer
     from .texts import Sample, read_texts
     from .trees import Description, Tree, build_tree, describe_levels
+    from .trial_report import summarise_steering
     from .word_groups import group_sentences
     from .word_meter import matched_words
 
@@ -73,6 +79,7 @@ __all__ = [
     "Intervention",
     "InterventionTable",
     "JointOptions",
+    "JudgeScorer",
     "Judgement",
     "KChoice",
     "Label",
@@ -83,14 +90,19 @@ __all__ = [
     "NeuronSets",
     "OpenAIModel",
     "Overlap",
+    "Plan",
+    "Protocol",
     "Qualification",
     "Report",
     "Sample",
     "SentenceDetection",
     "SetEffect",
     "Stability",
+    "SteeringRecord",
     "Strength",
     "Tree",
+    "Trial",
+    "WordScorer",
     "assign_features",
     "best_neurons",
     "build_tree",
@@ -98,15 +110,18 @@ __all__ = [
     "compare_stores",
     "describe",
     "describe_levels",
+    "detect_concepts",
     "detect_sentences",
     "evaluate_features",
     "feature_neurons",
     "fit_hierarchy",
     "generate",
     "group_sentences",
+    "hard_negatives",
     "intervention_table",
     "judge",
     "label_features",
+    "load_autoencoder",
     "load_model",
     "match_features",
     "matched_words",
@@ -125,7 +140,10 @@ __all__ = [
     "split_texts",
     "stability_of",
     "steer",
+    "steer_concept",
     "suggest_k",
+    "summarise_steering",
+    "train_autoencoder",
     "write_report",
     "write_sentences",
 ]
@@ -143,6 +161,7 @@ _HOMES = {
     "Intervention": "steering",
     "InterventionTable": "group_effects",
     "JointOptions": "joint",
+    "JudgeScorer": "text_scoring",
     "Judgement": "judging",
     "KChoice": "choosing",
     "Label": "labels",
@@ -153,14 +172,19 @@ _HOMES = {
     "NeuronSets": "core",
     "OpenAIModel": "llm",
     "Overlap": "supports",
+    "Plan": "rivals",
+    "Protocol": "steering_protocol",
     "Qualification": "judging",
     "Report": "report",
     "Sample": "texts",
     "SentenceDetection": "sentences",
     "SetEffect": "group_effects",
     "Stability": "stability",
+    "SteeringRecord": "steering_protocol",
     "Strength": "strengths",
     "Tree": "trees",
+    "Trial": "rivals",
+    "WordScorer": "text_scoring",
     "assign_features": "core",
     "best_neurons": "evaluation",
     "build_tree": "trees",
@@ -168,15 +192,18 @@ _HOMES = {
     "compare_stores": "compare",
     "describe": "features",
     "describe_levels": "trees",
+    "detect_concepts": "detecting",
     "detect_sentences": "sentences",
     "evaluate_features": "evaluation",
     "feature_neurons": "provenance",
     "fit_hierarchy": "hierarchy",
     "generate": "generation",
     "group_sentences": "word_groups",
+    "hard_negatives": "detecting",
     "intervention_table": "group_effects",
     "judge": "judging",
     "label_features": "labels",
+    "load_autoencoder": "autoencoders",
     "load_model": "models",
     "match_features": "stability",
     "matched_words": "word_meter",
@@ -195,7 +222,10 @@ _HOMES = {
     "split_texts": "evaluation",
     "stability_of": "stability",
     "steer": "steering",
+    "steer_concept": "steering_protocol",
     "suggest_k": "choosing",
+    "summarise_steering": "trial_report",
+    "train_autoencoder": "autoencoders",
     "write_report": "report",
     "write_sentences": "sentences",
 }
