@@ -297,20 +297,25 @@ class DataMatrix:
 
 
 @contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Keeps a surrounding ``torch.autocast``, and torch's setting for TF32, from rounding the solver's products.
+def product_precision(device: torch.device, allow_tf32: bool = False) -> Iterator[None]:
+    """Keeps a surrounding ``torch.autocast`` from rounding the solver's products, and sets whether TF32 may be used.
 
-    The latter is one for the whole process, and is put back.
+    Torch's setting for TF32, which the package's own kernels follow too, is one for the whole process; it is put back.
     """
     matmul = torch.backends.cuda.matmul
     # Since 2.9 torch has a new name for it, and refuses a mixture of both.
-    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    name, values = (
+        ("fp32_precision", ("ieee", "tf32"))
+        if hasattr(matmul, "fp32_precision")
+        else ("allow_tf32", (False, True))
+    )
+    wanted = values[allow_tf32]
     with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda" or getattr(matmul, name) == exact:
+        if device.type != "cuda" or getattr(matmul, name) == wanted:
             yield
             return
         before = getattr(matmul, name)
-        setattr(matmul, name, exact)
+        setattr(matmul, name, wanted)
         try:
             yield
         finally:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import _backends, _checks
-from ._data import DataMatrix, as_matrix, as_weights, full_precision, relative
+from ._data import DataMatrix, as_matrix, as_weights, product_precision, relative
 from ._problem import Problem, dot, kept_count, kkt_residual
 from ._version import __version__
 from .sparse import SparseColumns
@@ -170,7 +170,7 @@ class Factorization:
         max_sweeps = _checks.integer("max_sweeps", max_sweeps, 1)
         Z = Z.to(matrix.device)
         kernels = _backends.choose_all(matrix.device, Z.dtype, backend)
-        with full_precision(matrix.device):
+        with product_precision(matrix.device):
             problem, features = self._problem(DataMatrix(matrix, Z.dtype, kernels))
             Y, residual, measured = problem.solve_coefficients(features, tol, max_sweeps)
         return Encoding(
@@ -203,7 +203,7 @@ class Factorization:
         Y, Z = _tensor(self.Y).to(matrix.device), _tensor(self.Z).to(matrix.device)
         weights = as_weights(token_weights, matrix, Z.dtype)
         kernels = _backends.choose_all(matrix.device, Z.dtype, backend)
-        with full_precision(matrix.device):
+        with product_precision(matrix.device):
             data = DataMatrix(matrix, Z.dtype, kernels, weights)
             problem, features = self._problem(data)
             ZtZ = problem.gram(features)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _backends, _checks
-from ._data import DataMatrix, as_matrix, as_weights, full_precision, relative
+from ._data import DataMatrix, as_matrix, as_weights, product_precision, relative
 from ._loop import FastIterations, Iterations, PaperIterations
 from ._monitor import Callback, IterationState, Monitor
 from ._problem import Problem, kept_count
@@ -70,6 +70,7 @@ class Options:
     patience: int
     seed: int
     dtype: str
+    allow_tf32: bool
     backend: str
 
     def __post_init__(self) -> None:
@@ -79,6 +80,8 @@ class Options:
             )
         if self.refit not in (True, False, "late"):
             raise ValueError(f"refit: wanted True, False or 'late', got {self.refit!r}")
+        if not isinstance(self.allow_tf32, bool):
+            raise TypeError(f"allow_tf32: wanted True or False, got {self.allow_tf32!r}")
         if self.neuron_scale not in (None, "rms"):
             raise ValueError(f"neuron_scale: wanted None or 'rms', got {self.neuron_scale!r}")
         if self.n_fixed >= self.k:
@@ -127,6 +130,7 @@ def fit(
     seed: int = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    allow_tf32: bool = False,
     backend: str = "auto",
     callback: Callback | None = None,
     progress: bool = False,
@@ -189,6 +193,11 @@ def fit(
             the same machine and number of threads; no global generator is touched.
         device: where to compute. Default: where A is.
         dtype: torch.float32 or torch.float64 to compute in. Default: float64 for float64 A, else float32.
+        allow_tf32: on CUDA in float32, whether dense products with A and of Y with itself may round both factors to 11
+            bits (TF32) to run on tensor cores. The error of an entry is then up to ``2⁻⁹ Σ |a| |b|`` over its terms,
+            beside the float32 rounding that there is without it (default). Not used for a bfloat16 A, whose products
+            are exact on tensor cores, in sweeps over Y, which are float32 multiply-adds, nor by ``encode`` and
+            ``certificate``. No effect elsewhere. A process-wide setting of torch is put aside during the fit.
         backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"torch"``; a named backend runs or raises.
         callback: called with an :class:`IterationState` after each iteration; returning True stops.
         progress: show a progress bar on stderr (needs tqdm).
@@ -205,7 +214,8 @@ def fit(
         task = prepare(
             A, k, keep=keep, solver=solver, refit=refit, sweeps=sweeps, init=init, neuron_scale=neuron_scale,
             l1=l1, l2=l2, max_active=max_active, fixed=fixed, token_weights=token_weights, ridge=ridge,
-            max_iter=max_iter, tol=tol, patience=patience, seed=seed, device=device, dtype=dtype, backend=backend,
+            max_iter=max_iter, tol=tol, patience=patience, seed=seed, device=device, dtype=dtype,
+            allow_tf32=allow_tf32, backend=backend,
             callbacks=(*bar.callbacks, *([callback] if callback else ())),
         )  # fmt: skip
         while task.wants_more:
@@ -237,12 +247,12 @@ class Task:
 
     def advance(self) -> None:
         """One iteration; raises FloatingPointError where sums have left the range of the dtype."""
-        with full_precision(self._problem.data.device):
+        with product_precision(self._problem.data.device, self._options.allow_tf32):
             self._iterations.advance()
 
     def result(self) -> Factorization:
         """The factors, after the last iteration."""
-        with full_precision(self._problem.data.device):
+        with product_precision(self._problem.data.device, self._options.allow_tf32):
             Z, Y, measured = self._iterations.finish()
             monitor = self._iterations.monitor
             logger.debug("fit stopped after %d iterations: %s", monitor.n_iter, monitor.stop_reason)
@@ -280,6 +290,7 @@ def prepare(
     seed: int,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
+    allow_tf32: bool,
     backend: str,
     callbacks: Iterable[Callback],
 ) -> Task:
@@ -313,11 +324,12 @@ def prepare(
         patience=default["patience"] if patience is None else _checks.integer("patience", patience, 1),
         seed=_checks.integer("seed", seed, 0),
         dtype=_checks.dtype_name(working),
+        allow_tf32=_plain(allow_tf32),
         backend=backend,
     )
     matrix = matrix.to(_device(device, matrix.device))
     kernels = _backends.choose_all(matrix.device, working, backend, options.k)
-    with full_precision(matrix.device):
+    with product_precision(matrix.device, options.allow_tf32):
         data = DataMatrix(matrix, working, kernels, as_weights(token_weights, matrix, working))
         if options.neuron_scale == "rms":
             data.scale_neurons()

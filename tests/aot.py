@@ -156,14 +156,19 @@ def dense_cases() -> Iterator[Case]:
         ),
     )
     for (name, kernel, table, flags, working), (layout, one) in itertools.product(tables, LAYOUTS.items()):
-        for (dtype, bfloat16), config in table.items():
-            element = "bf16" if bfloat16 else ELEMENT[dtype]
-            part = tl.bfloat16 if config.parts else None
+        for (dtype, kind), config in table.items():
+            element = "bf16" if kind == "bf16" else ELEMENT[dtype]
+            in_parts = config.how == "parts"
+            dot = {
+                "PART": tl.bfloat16 if in_parts else None,
+                "PRECISION": "ieee" if in_parts else config.how,
+            }
+            suffix = "-tf32" if kind == "tf32" else ""
             yield Case(
-                f"{name}-{ELEMENT[dtype]}-{element}{layout}",
+                f"{name}-{ELEMENT[dtype]}-{element}{suffix}{layout}",
                 kernel,
                 pointers(ELEMENT[dtype], *working) | pointers(element, "a"),
-                blocks(config, PART=part, **flags, **{one: 1}),
+                blocks(config, **dot, **flags, **{one: 1}),
                 ("k",),
                 options(config),
             )

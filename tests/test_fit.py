@@ -293,6 +293,15 @@ def test_numpy_scalars_are_welcome_as_options(tmp_path):
     assert type(exotic.options["k"]) is int
 
 
+def test_tf32_is_for_gpus_alone():
+    A, _, _ = planted(60, 100, 4, keep=0.1, noise=0.5)
+    plain, allowed = (fit(A, 4, max_iter=5, allow_tf32=value) for value in (False, np.True_))
+    assert torch.equal(plain.Y, allowed.Y)
+    assert allowed.options["allow_tf32"] is True
+    with pytest.raises(TypeError, match="allow_tf32: wanted True or False, got 'yes'"):
+        fit(A, 4, allow_tf32="yes")
+
+
 def test_lazily_negated_tensors_are_read_with_their_sign():
     lazy = torch.randn(50, 60, dtype=torch.complex64, generator=torch.Generator().manual_seed(0)).conj().imag
     assert lazy.is_neg()

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import snmf_kernels
 from snmf_kernels import Factorization, _backends, _loop, _steps, fit
-from snmf_kernels._data import full_precision
+from snmf_kernels._data import product_precision
 
 # Operations whose result, or whose shape, the host can only know by waiting for a GPU.
 WAITING = {
@@ -178,11 +178,15 @@ def test_a_setting_for_tf32_is_put_aside_and_put_back():
     before = getattr(matmul, name)
     try:
         setattr(matmul, name, loose)
-        with full_precision(torch.device("cuda")):
+        with product_precision(torch.device("cuda")):
             assert getattr(matmul, name) == exact
         assert getattr(matmul, name) == loose
-        with pytest.raises(FloatingPointError), full_precision(torch.device("cuda")):
+        with pytest.raises(FloatingPointError), product_precision(torch.device("cuda")):
             raise FloatingPointError
         assert getattr(matmul, name) == loose
+        setattr(matmul, name, exact)
+        with product_precision(torch.device("cuda"), allow_tf32=True):
+            assert getattr(matmul, name) == loose
+        assert getattr(matmul, name) == exact
     finally:
         setattr(matmul, name, before)

@@ -13,6 +13,7 @@ from test_operations import coefficient_problem, column_problem, in_layout, pass
 
 import snmf_kernels
 from snmf_kernels import SparseColumns, _backends, ops, reference
+from snmf_kernels._data import product_precision
 
 pytest.importorskip("triton")
 from snmf_kernels import _triton  # once it is known to be there
@@ -393,3 +394,46 @@ def test_products_keep_float32_on_tensor_cores(a_dtype, layout, count):
     ZtZ = Z.to_dense().T @ Z.to_dense()
     new, sums = run_pass(Y, Z, A, ZtZ, sweeps=0, products="all")
     assert_near(sums.AYt, new.double() @ A.double().T, 2e-6)
+
+
+@pytest.mark.parametrize("layout", ["neuron-major", "token-major"])
+def test_products_where_tf32_is_allowed(layout, monkeypatch):
+    """Another tile; the interpreter multiplies in float32, so that only indices and edges are seen here."""
+    monkeypatch.setattr(products, "tf32_allowed", lambda: True)
+    generator = torch.Generator().manual_seed(0)
+    A = in_layout(torch.randn(130, 70, generator=generator), layout)
+    Z = reference.winner_take_all(torch.randn(130, 33, generator=generator), 100)
+    used = []
+    monkeypatch.setattr(
+        products, "dot_of", lambda config, real=products.dot_of: used.append(config.how) or real(config)
+    )
+    assert_near(_triton.sparse_product(Z, A), Z.to_dense().T @ A, 1e-5)
+    assert used == ["tf32"]
+
+
+def test_the_stated_error_of_tf32():
+    """Both factors cut to 10 stored bits, as tensor cores read them, where all errors add up."""
+    generator = torch.Generator().manual_seed(0)
+
+    def cut(x):
+        return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+    a, b = 1 + torch.rand(50, 200, generator=generator), 1 + torch.rand(200, 40, generator=generator)
+    error = (cut(a).double() @ cut(b).double() - a.double() @ b.double()).abs()
+    size = a.double() @ b.double()
+    assert float((error / size).max()) < 2**-9
+    worst = torch.tensor([[1 + 2**-10 - 2**-23]])
+    assert float(1 - (cut(worst) ** 2 / worst**2)) > 0.9 * 2**-9
+
+
+@gpu_test
+@pytest.mark.parametrize("layout", ["neuron-major", "token-major"])
+def test_tf32_is_used_where_it_is_allowed(layout):
+    generator = torch.Generator("cuda").manual_seed(0)
+    A = in_layout(torch.randn(8192, 3000, device="cuda", generator=generator), layout)
+    Z = reference.winner_take_all(torch.randn(8192, 100, device="cuda", generator=generator), 1000)
+    dense = Z.to_dense().double()
+    with product_precision(A.device, allow_tf32=True):
+        error = (_triton.sparse_product(Z, A) - dense.T @ A.double()).abs()
+    assert bool((error <= 2**-9 * (dense.abs().T @ A.double().abs())).all())
+    assert float(error.max() / (dense.T @ A.double()).abs().max()) > 1e-5

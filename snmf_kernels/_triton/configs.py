@@ -55,8 +55,8 @@ class GatherConfig:
 class DenseConfig:
     """Matrix products with a tile of A: features, neurons and tokens of it.
 
-    ``parts`` says how: the other operand as three bfloat16 that add up to its float32, on tensor cores, or in
-    ``"ieee"`` multiply-adds.
+    ``how``: ``"parts"``, the other operand as three bfloat16 that add up to its float32, on tensor cores; ``"ieee"``
+    multiply-adds; or ``"tf32"``, both operands rounded to 11 bits, on tensor cores.
     """
 
     block_k: int
@@ -64,7 +64,7 @@ class DenseConfig:
     block_n: int
     num_warps: int
     num_stages: int
-    parts: bool
+    how: str
 
 
 @dataclass(frozen=True)
@@ -108,20 +108,22 @@ GATHER: dict[torch.dtype, GatherConfig] = {
     torch.float32: GatherConfig(16, 128, 4),
     torch.float64: GatherConfig(16, 64, 4),
 }
-# By the working dtype and whether A is bfloat16. Its products with the three parts of a float32 are exact, so that
-# tensor cores give float32 accuracy at a third of their rate; float16 has too little range for such parts, and float32
-# would take six products. Steps of 32 neurons leave registers for the parts. Without tensor cores the accumulators are
-# what fits registers.
-PRODUCT: dict[tuple[torch.dtype, bool], DenseConfig] = {
-    (torch.float32, True): DenseConfig(64, 32, 64, 4, 3, True),
-    (torch.float32, False): DenseConfig(64, 16, 64, 4, 2, False),
-    (torch.float64, False): DenseConfig(32, 16, 32, 4, 2, False),
+# By the working dtype and, in float32, whether A is bfloat16 or TF32 is allowed. Products of a bfloat16 A with the
+# three parts of a float32 are exact, so that tensor cores give float32 accuracy at a third of their rate; float16 has
+# too little range for such parts, and float32 would take six products. Steps of 32 neurons leave registers for the
+# parts. Without tensor cores the accumulators are what fits registers.
+PRODUCT: dict[tuple[torch.dtype, str], DenseConfig] = {
+    (torch.float32, "bf16"): DenseConfig(64, 32, 64, 4, 3, "parts"),
+    (torch.float32, "exact"): DenseConfig(64, 16, 64, 4, 2, "ieee"),
+    (torch.float32, "tf32"): DenseConfig(64, 32, 64, 4, 3, "tf32"),
+    (torch.float64, "exact"): DenseConfig(32, 16, 32, 4, 2, "ieee"),
 }
 # Likewise; here a program owns block_k x block_d sums and walks over tokens.
-ACCUMULATE: dict[tuple[torch.dtype, bool], DenseConfig] = {
-    (torch.float32, True): DenseConfig(64, 64, 32, 8, 3, True),
-    (torch.float32, False): DenseConfig(64, 64, 16, 4, 3, False),
-    (torch.float64, False): DenseConfig(32, 32, 16, 4, 2, False),
+ACCUMULATE: dict[tuple[torch.dtype, str], DenseConfig] = {
+    (torch.float32, "bf16"): DenseConfig(64, 64, 32, 8, 3, "parts"),
+    (torch.float32, "exact"): DenseConfig(64, 64, 16, 4, 3, "ieee"),
+    (torch.float32, "tf32"): DenseConfig(64, 64, 32, 4, 3, "tf32"),
+    (torch.float64, "exact"): DenseConfig(32, 32, 16, 4, 2, "ieee"),
 }
 # The share of kept rows from which a dense product should take less time than gathering, by whether A is bfloat16.
 # Gathering is bound by the second-level cache (5 TB/s on an H100), dense products by a third of 989 TFLOP/s, or by half
@@ -131,8 +133,8 @@ DENSE_FROM = {True: 1 / 32, False: 1 / 16}
 PROGRAMS = 264
 # The residual is measured once, after the last iteration, so that float32 multiply-adds will do.
 RESIDUAL: dict[torch.dtype, DenseConfig] = {
-    torch.float32: DenseConfig(16, 64, 64, 4, 1, False),
-    torch.float64: DenseConfig(16, 32, 32, 4, 1, False),
+    torch.float32: DenseConfig(16, 64, 64, 4, 1, "ieee"),
+    torch.float64: DenseConfig(16, 32, 32, 4, 1, "ieee"),
 }
 # A tile of A beside its Y, the parts of ZᵀA and A Yᵀ leaves room in the 40 to 50 MB of an A100's or H100's second
 # level. Up to 256 features y and ZᵀA of one program's tokens (64 KB) fit the first level; above, multiply-adds take

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from ..sparse import SparseColumns
 from .configs import DENSE_FROM, GATHER, PRODUCT, PROGRAMS, DenseConfig
-from .launch import INTERPRETING, device_of
+from .launch import INTERPRETING, device_of, tf32_allowed
 from .schedule import split
 
 # What the parts of a float32 are multiplied as: numpy, which interprets, has no bfloat16.
@@ -23,13 +25,14 @@ def leading_bits(x):  # type: ignore[no-untyped-def]  # a float32 block
 
 
 @triton.jit
-def precise_dot(x, a, total, PART: tl.constexpr):  # type: ignore[no-untyped-def]  # blocks
+def precise_dot(x, a, total, PART: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]  # blocks
     """total + x @ a for x in the working dtype and a as it was loaded.
 
     With PART, a is bfloat16 and x float32: the three parts of x have its 24 bits, and their products with a are exact.
+    PRECISION is how the product is made otherwise.
     """
     if PART is None:
-        total = tl.dot(x, a.to(x.dtype), total, input_precision="ieee", out_dtype=total.dtype)
+        total = tl.dot(x, a.to(x.dtype), total, input_precision=PRECISION, out_dtype=total.dtype)
     else:
         high = leading_bits(x)
         rest = x - high
@@ -69,6 +72,7 @@ def gather_product_kernel(  # type: ignore[no-untyped-def]  # typed at the launc
 def dense_product_kernel(  # type: ignore[no-untyped-def]  # likewise
     z_ptr, a_ptr, out_ptr, d, k, n, a_row, a_column, chunk, out_stride,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[s] = z[:, s-th chunk] a[s-th chunk] for z [k, d]: a tile of the product over a part of the neurons.
 
@@ -93,7 +97,7 @@ def dense_product_kernel(  # type: ignore[no-untyped-def]  # likewise
             mask=(neurons < end)[:, None] & (columns < n)[None, :],
             other=0.0,
         )
-        total = precise_dot(z, a, total, PART)
+        total = precise_dot(z, a, total, PART, PRECISION)
     tl.store(
         out_ptr + (split.to(tl.int64) * k + wide_rows[:, None]) * out_stride + columns[None, :],
         total,
@@ -105,6 +109,7 @@ def dense_product_kernel(  # type: ignore[no-untyped-def]  # likewise
 def accumulate_kernel(  # type: ignore[no-untyped-def]  # likewise
     y_ptr, a_ptr, weight_ptr, out_ptr, d, k, n, y_stride, a_row, a_column,
     WEIGHTED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out += y diag(weight) aᵀ, a [BLOCK_K, BLOCK_D] tile of it to a program, over all n tokens."""
     tiles = tl.cdiv(k, BLOCK_K)
@@ -126,7 +131,7 @@ def accumulate_kernel(  # type: ignore[no-untyped-def]  # likewise
             mask=(neurons < d)[None, :] & (columns < n)[:, None],
             other=0.0,
         )
-        total = precise_dot(y, a, total, PART)
+        total = precise_dot(y, a, total, PART, PRECISION)
     places = out_ptr + wide_rows[:, None] * d + neurons[None, :]
     inside = (rows < k)[:, None] & (neurons < d)[None, :]
     tl.store(places, tl.load(places, mask=inside, other=0.0) + total, mask=inside)
@@ -169,15 +174,20 @@ def gathers(Z: SparseColumns, A: Tensor) -> bool:
 
 
 def dense_config(
-    table: dict[tuple[torch.dtype, bool], DenseConfig], working: torch.dtype, A: Tensor
+    table: dict[tuple[torch.dtype, str], DenseConfig], working: torch.dtype, A: Tensor
 ) -> DenseConfig:
     """The entry for this working dtype and this A."""
-    return table[working, working == torch.float32 and A.dtype == torch.bfloat16]
+    if working != torch.float32:
+        return table[working, "exact"]
+    if A.dtype == torch.bfloat16:
+        return table[working, "bf16"]
+    return table[working, "tf32" if tf32_allowed() else "exact"]
 
 
-def part_of(config: DenseConfig) -> tl.dtype | None:
-    """What ``precise_dot`` multiplies parts as."""
-    return PART if config.parts else None
+def dot_of(config: DenseConfig) -> dict[str, Any]:
+    """The arguments of ``precise_dot``."""
+    in_parts = config.how == "parts"
+    return {"PART": PART if in_parts else None, "PRECISION": "ieee" if in_parts else config.how}
 
 
 def launch_gather(Z: SparseColumns, A: Tensor, out: Tensor) -> None:
@@ -195,7 +205,7 @@ def launch_dense(dense: Tensor, A: Tensor, out: Tensor, chunk: int) -> None:
     (k, d), n = dense.shape, A.shape[1]
     dense_product_kernel[(triton.cdiv(k, config.block_k) * triton.cdiv(n, config.block_n), out.shape[0])](
         dense, A, out, d, k, n, *A.stride(), chunk, out.stride(1),
-        BLOCK_K=config.block_k, BLOCK_D=config.block_d, BLOCK_N=config.block_n, PART=part_of(config),
+        BLOCK_K=config.block_k, BLOCK_D=config.block_d, BLOCK_N=config.block_n, **dot_of(config),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 

@@ -17,10 +17,10 @@ from .products import (
     accumulate_kept_kernel,
     accumulate_kernel,
     dense_config,
+    dot_of,
     gathers,
     launch_dense,
     launch_gather,
-    part_of,
 )
 from .schedule import Launch, Plan, plan_pass
 
@@ -305,7 +305,7 @@ class _Steps:
                 dense = dense_config(ACCUMULATE, self.Y.dtype, a)
                 accumulate_kernel[(triton.cdiv(k, dense.block_k) * triton.cdiv(self.Z.d, dense.block_d),)](
                     new, a, weight, self.AYt, self.Z.d, k, n, new.stride(0), *a.stride(), **common,
-                    BLOCK_K=dense.block_k, BLOCK_D=dense.block_d, BLOCK_N=dense.block_n, PART=part_of(dense),
+                    BLOCK_K=dense.block_k, BLOCK_D=dense.block_d, BLOCK_N=dense.block_n, **dot_of(dense),
                     num_warps=dense.num_warps, num_stages=dense.num_stages,
                 )  # fmt: skip
             else:
