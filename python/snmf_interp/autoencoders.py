@@ -35,14 +35,15 @@ class AutoencoderDictionary:
     """The latents of an autoencoder over a layer's neurons, or over what its MLP writes.
 
     A token's scores are its latent activations. Directions over what the MLP writes, ``[d_model]``, are steered
-    at the neurons too, by the smallest change of them that writes that direction: ``W_down⁺ w``.
+    at the neurons too, by the smallest change of them that writes that direction.
 
     Attributes:
         sae: a SAELens autoencoder.
         name: of the method.
         scale: ``[d_mlp]``: what it sees the activations divided by; None for as they are.
         output: from activations ``[n, d_mlp]`` to what it encodes; None for the activations.
-        write: ``W_down [d_model, d_mlp]`` where its directions are those of the MLP's output.
+        write: ``[d_model, d_mlp]``, what the MLP writes for a small change of its neurons, up to one factor, where the
+            directions are those of its output: ``W_down``, each row times the gain of a norm behind it.
     """
 
     sae: Any
@@ -59,15 +60,8 @@ class AutoencoderDictionary:
 
     def encode(self, activations: Tensor) -> Tensor:
         """Latent activations ``[n, size]`` of ``activations [n, d_mlp]``, float32."""
-        parts = []
         with torch.inference_mode():
-            for part in activations.split(_TOKENS):
-                seen = part.cpu().float()
-                if self.output is not None:
-                    seen = self.output(seen)
-                elif self.scale is not None:
-                    seen = seen / self.scale
-                parts.append(self.sae.encode(seen).float().cpu())
+            parts = [self.sae.encode(self._seen(part)).float().cpu() for part in activations.split(_TOKENS)]
         return torch.cat(parts)
 
     def scores(self, activations: Tensor, text_of: Tensor, n_texts: int) -> Tensor:
@@ -82,12 +76,19 @@ class AutoencoderDictionary:
             return solved.solution[:, 0].float()
         return row if self.scale is None else row * self.scale
 
+    def _seen(self, activations: Tensor) -> Tensor:
+        """What it encodes."""
+        seen = activations.cpu().float()
+        if self.output is not None:
+            return self.output(seen)
+        return seen if self.scale is None else seen / self.scale
+
     def residual(self, activations: Tensor) -> float:
         """``‖a − decode(encode(a))‖² / ‖a‖²`` over ``activations [n, d_mlp]``, in the units that it sees."""
         wrong = total = 0.0
         with torch.inference_mode():
             for part in activations.split(_TOKENS):
-                seen = part.cpu().float() if self.scale is None else part.cpu().float() / self.scale
+                seen = self._seen(part)
                 wrong += float((seen - self.sae(seen)).square().sum(dtype=torch.float64))
                 total += float(seen.square().sum(dtype=torch.float64))
         return wrong / total
@@ -130,7 +131,7 @@ def train_autoencoder(
             raise ValueError(f"{name}: wanted {wanted}, got {value}")
     if not batch_size >= 1:
         raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
-    _import_sae_lens()
+    import_sae_lens()
     from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
 
@@ -179,7 +180,7 @@ def load_autoencoder(
         FileNotFoundError: no such folder, release or autoencoder.
         ValueError: its width is neither.
     """
-    _import_sae_lens()
+    import_sae_lens()
     from sae_lens import SAE
 
     if Path(name).is_dir():
@@ -214,7 +215,13 @@ def load_autoencoder(
             written = norm(written.to(model.device, model.dtype)).cpu().float()
         return written
 
-    return AutoencoderDictionary(sae, output=output, write=weight)
+    # A norm divides by a length, which changes little with one direction, and multiplies by its gain.
+    gain = (
+        None
+        if norm is None
+        else norm(torch.ones(width, device=model.device, dtype=model.dtype)).cpu().float()
+    )
+    return AutoencoderDictionary(sae, output=output, write=weight if gain is None else gain[:, None] * weight)
 
 
 def save_autoencoder(rival: AutoencoderDictionary, folder: Path) -> None:
@@ -237,7 +244,8 @@ def _batches(tokens: Tensor, size: int, seed: int) -> Iterator[Tensor]:
         waiting = waiting[size:]
 
 
-def _import_sae_lens() -> None:
+def import_sae_lens() -> None:
+    """Raises ModuleNotFoundError, saying what to do, where SAELens is not installed."""
     # It imports wandb, which would otherwise look for an account.
     os.environ.setdefault("WANDB_MODE", "disabled")
     try:

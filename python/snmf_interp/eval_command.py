@@ -23,8 +23,9 @@ from .llm_options import BaseUrlOption, ConcurrencyOption, LlmOption, LocalOptio
 
 if TYPE_CHECKING:
     from .detecting import DetectionSummary, Interval
+    from .judging import Qualification
     from .models import LanguageModel
-    from .rivals import Trial
+    from .rivals import Plan, Trial
     from .runs import Run
     from .steering_protocol import SteeringRecord
     from .text_scoring import Scorer
@@ -56,8 +57,9 @@ def evaluate(
         str, typer.Option(help="How many concepts to steer to, drawn at random; or their labels; or 0.")
     ] = "8",
     texts: Annotated[
-        str, typer.Option(help="For a MODEL: labelled texts, as for snmf collect.")
-    ] = "concepts",
+        str | None,
+        typer.Option(help="For a MODEL: labelled texts, as for snmf collect.", show_default="concepts"),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="For a MODEL: the run's folder.", show_default="results/MODEL-eval")
     ] = None,
@@ -112,7 +114,6 @@ def evaluate(
     from .runs import versions
     from .steering_protocol import Protocol
 
-    opened, model = _opened(target, layers, texts, out, model_dtype, device)
     plan = Plan(
         k=k,
         against=_names(against),
@@ -128,12 +129,14 @@ def evaluate(
             both_signs=both_signs,
         ),
     )
+    _check_installed(plan)
+    opened, model = _opened(target, layers, texts, out, model_dtype, device)
     trial = Trial.open(opened, model, plan, overwrite=overwrite)
     chosen = opened.parse_layers(layers)
     wanted = _concepts(concepts, trial, seed)
     screen = terminal.console()
     llm = llm_options.chosen(opened.answers, judge, base_url, local, concurrency, parameter, device)
-    scorers = _scorers(trial, llm) if wanted else []
+    scorers, qualification = _scorers(trial, llm) if wanted else ([], None)
     detection = _detect(screen, trial, chosen, quiet=as_json)
     records = _steer(trial, chosen, scorers, wanted)
     from . import trial_report
@@ -149,6 +152,8 @@ def evaluate(
             "against": list(plan.against),
             "plan": asdict(plan),
             "concepts": list(wanted),
+            "scorers": {scorer.name: scorer.identity for scorer in scorers},
+            "qualification": None if qualification is None else asdict(qualification),
             "versions": versions(),
         },
     )
@@ -211,8 +216,9 @@ def detect(
 
     opened = Run.open(run)
     chosen = opened.parse_layers(layer)
-    loaded = terminal.loader(opened, device)()
     plan = Plan(k=k, against=_names(against), sae=sae, fit=_fit(neuron_scale), seed=seed)
+    _check_installed(plan)
+    loaded = terminal.loader(opened, device)()
     trial = Trial.open(opened, loaded, plan, steering=False, overwrite=overwrite)
     screen = terminal.console()
     llm = llm_options.chosen(opened.answers, model, base_url, local, concurrency, parameter, device)
@@ -238,14 +244,22 @@ def detect(
 
 
 def _opened(
-    target: str, layers: str | None, texts: str, out: Path | None, dtype: str | None, device: str | None
+    target: str,
+    layers: str | None,
+    texts: str | None,
+    out: Path | None,
+    dtype: str | None,
+    device: str | None,
 ) -> tuple[Run, LanguageModel]:
     """The run, collected if it is not there, and its model."""
     from .runs import ACTIVATIONS, Run
 
     if (Path(target) / ACTIVATIONS).is_dir():
-        if dtype is not None or out is not None:
-            raise ValueError("--model-dtype and --out: a run's model is loaded as it was collected")
+        given = {"--model-dtype": dtype, "--out": out, "--texts": texts}
+        if wrong := [name for name, value in given.items() if value is not None]:
+            raise ValueError(
+                f"{wrong[0]}: {target} is a run, whose model and texts are settled; leave it out, or give a model"
+            )
         opened = Run.open(target)
         return opened, terminal.loader(opened, device)()
     import torch
@@ -262,7 +276,15 @@ def _opened(
         depths = (model.n_layers // 3, 2 * model.n_layers // 3, 9 * model.n_layers // 10)
         layers = ",".join(map(str, sorted(set(depths))))
     folder = out or Path("results") / f"{Path(target).name}-eval"
-    return collect_run(folder, model, layers, texts), model
+    return collect_run(folder, model, layers, texts or "concepts"), model
+
+
+def _check_installed(plan: Plan) -> None:
+    """What is missing is said before anything is computed."""
+    from .autoencoders import import_sae_lens
+
+    if "sae" in plan.against or plan.sae is not None:
+        import_sae_lens()
 
 
 def _names(against: str) -> tuple[str, ...]:
@@ -294,18 +316,19 @@ def _concepts(given: str, trial: Trial, seed: int) -> tuple[str, ...]:
     return tuple(random.Random(seed).sample(sorted(trial.words), count))
 
 
-def _scorers(trial: Trial, llm: Any) -> list[Scorer]:
-    """Words, and the judge if there is one that qualifies."""
+def _scorers(trial: Trial, llm: Any) -> tuple[list[Scorer], Qualification | None]:
+    """Words, and the judge if there is one that qualifies, with how it did."""
     from .judging import qualify
     from .text_scoring import JudgeScorer, WordScorer
 
     with terminal.waiting("writing without steering"):
         scorers: list[Scorer] = [WordScorer(trial.model, trial.words, trial.plain.choosing)]
-    if llm is not None:
-        with terminal.waiting(f"asking {llm.name} to judge texts of known scores"):
-            qualify(llm).check()
-        scorers.append(JudgeScorer(llm))
-    return scorers
+    if llm is None:
+        return scorers, None
+    with terminal.waiting(f"asking {llm.name} to judge texts of known scores"):
+        qualification = qualify(llm)
+    qualification.check()
+    return [*scorers, JudgeScorer(llm)], qualification
 
 
 def _detect(
@@ -337,7 +360,7 @@ def _steer(
 
         for concept in concepts:
             for layer in layers:
-                for record in trial.steer(layer, scorers, (concept,), permuted=concepts, before=begin(layer)):
+                for record in trial.steer(layer, scorers, (concept,), before=begin(layer)):
                     records.append(record)
                     bar.update()
     return records
@@ -399,7 +422,7 @@ def _show_detection(screen: Console, trial: Trial, layer: int, rows: Sequence[De
     screen.print(table)
     screen.print(
         Text(
-            f"means over concepts, 95 % bootstrap intervals; {held_out} held-out texts. AUROC and probe: 0.5 is "
+            f"means over concepts, 95 % intervals over them; {held_out} held-out texts. AUROC and probe: 0.5 is "
             "chance. Hard: against the texts of other concepts that share most words. Choices: directions among "
             "which each concept takes its best on the training texts",
             style="dim",
@@ -433,9 +456,11 @@ def _show_steering(screen: Console, title: str, rows: Sequence[SteeringSummary])
     screen.print(table)
     missing = max(row.missing for row in rows)
     line = (
-        f"{rows[0].n} pairs of concept and layer, 95 % bootstrap intervals over concepts; scores are 0 to 2. Other "
-        "concepts: the control, the same texts scored for concepts that were not steered to"
+        f"{rows[0].n} pairs of concept and layer, 95 % intervals over concepts; scores are 0 to 2. Other concepts: the "
+        "control, the same texts scored for all concepts that were not steered to"
     )
+    if rows[0].dropped:
+        line += f". {rows[0].dropped} pairs are left out, which some method lacks or could not be scored on"
     if missing:
         line += f". Up to {missing:.0%} of a method's texts have no score"
     screen.print(Text(line, style="dim"))

@@ -106,11 +106,19 @@ def generate(
             [(noise[prompt], sample) for prompt, sample in batch], seed, temperature, top_k, top_p
         )
         for (prompt, _), new in zip(batch, _continue(model, ids, mask, sampler, max_new_tokens), strict=True):
-            text: str = model.tokenizer.decode(
-                new, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            found[prompt].append(Continuation(texts[prompt], text, tuple(new)))
+            found[prompt].append(Continuation(texts[prompt], _text(model, encoded[prompt], new), tuple(new)))
     return found
+
+
+def _text(model: LanguageModel, before: Sequence[int], new: Sequence[int]) -> str:
+    """``new`` as text behind ``before``: some tokenizers drop the space at the beginning of what they decode."""
+
+    def decode(ids: Sequence[int]) -> str:
+        text: str = model.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    opening, whole = decode(before), decode([*before, *new])
+    return whole[len(opening) :] if whole.startswith(opening) else decode(new)
 
 
 def _continue(

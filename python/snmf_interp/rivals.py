@@ -19,10 +19,12 @@ in ``DIR/eval`` and is not done again:
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "snmf-raw": {"neuron_scale": None},
     "snmf-norefit": {"refit": False},
     "snmf-sparse": {"refit": False, "max_active": 10},
-    "snmf-paper": {"solver": "mu", "neuron_scale": None, "init": "random", "max_iter": 1000},
+    "snmf-paper": {"solver": "mu", "neuron_scale": None, "init": "random", "max_iter": 4000},
 }
 RIVALS = ("diffmeans", "sae", "neuron", "random", "permuted", *VARIANTS)
 # The autoencoder of the plan's size is trained with each of these shares of its latents active, and with as many
@@ -73,7 +75,7 @@ class Plan:
         against: rivals, of :data:`RIVALS`: ``diffmeans``, ``sae`` (one trained here), ``neuron``, ``random``,
             ``permuted`` (SNMF with shuffled labels; detection only), and other factorisations.
         sae: a published or saved autoencoder, see :func:`snmf_interp.autoencoders.load_autoencoder`; joins as
-            ``sae-public``. ``{layer}`` in it stands for the layer's number.
+            ``sae-NAME``. ``{layer}`` in it stands for the layer's number.
         fit: further options of :func:`snmf_kernels.fit`, JSON values.
         seed: of the division of the texts, the fits and the controls.
         protocol: of steering.
@@ -136,11 +138,15 @@ class Trial:
         folder = run.path / "eval"
         wanted = json.loads(json.dumps(asdict(plan))) | {"format": FORMAT}
         # Rivals do not depend on each other.
-        del wanted["against"]
+        del wanted["against"], wanted["sae"]
+        if not steering and not (folder / "plan.json").is_file():
+            wanted["protocol"] = None
         if (folder / "plan.json").is_file():
             there = files.read_versioned(folder / "plan.json", FORMAT)
             if not steering:
                 wanted["protocol"] = there["protocol"]
+            elif there["protocol"] is None:
+                there["protocol"] = wanted["protocol"]
             differing = [name for name in wanted if there.get(name) != wanted[name]]
             if differing and not overwrite:
                 name = differing[0]
@@ -195,7 +201,8 @@ class Trial:
         found: list[Dictionary] = [features(factors)]
         for name in self.plan.against:
             if name == "diffmeans":
-                found.append(difference_of_means(activations, text_of, self.labels, self.train))
+                scale = found[0].scale  # type: ignore[attr-defined]  # features are ProjectionDictionaries
+                found.append(difference_of_means(activations, text_of, self.labels, self.train, scale=scale))
             elif name == "neuron":
                 found.append(NeuronDictionary(activations.shape[1]))
             elif name == "random":
@@ -206,7 +213,8 @@ class Trial:
                 found.append(features(self._factors(layer, name, ours, VARIANTS[name]), name))
         if self.plan.sae is not None:
             public = load_autoencoder(self.plan.sae.replace("{layer}", str(layer)), self.model, layer)
-            found.append(AutoencoderDictionary(public.sae, "sae-public", None, public.output, public.write))
+            name = "sae-" + re.sub(r"[^\w.-]+", "-", self.plan.sae).strip("-")
+            found.append(AutoencoderDictionary(public.sae, name, None, public.output, public.write))
         self._rivals[layer] = found
         return found
 
@@ -244,7 +252,6 @@ class Trial:
         scorers: Sequence[Scorer],
         concepts: Sequence[str],
         *,
-        permuted: Sequence[str] | None = None,
         before: Callable[[str, str], None] | None = None,
     ) -> Iterator[SteeringRecord]:
         """Each method's attempt to steer to each concept, concept by concept; see :func:`steer_concept`.
@@ -253,7 +260,6 @@ class Trial:
             layer: a collected layer.
             scorers: who scores the texts.
             concepts: labels that the scorers know.
-            permuted: concepts of the control, see :func:`steer_concept`; by default ``concepts``.
             before: called with method and concept of each attempt that has not been made before.
 
         Raises:
@@ -267,13 +273,12 @@ class Trial:
             matches = files.read_versioned(path, FORMAT)["matches"]
         if unknown := [name for name in concepts if name not in matches["snmf"]]:
             raise ValueError(f"concepts: {unknown[0]!r} is no label of the training texts")
-        names = {scorer.name for scorer in scorers}
         for concept in concepts:
             for rival in rivals:
                 done = self.folder / f"layer_{layer}" / "steering" / rival.name / f"{concept}.json"
                 if done.is_file():
                     record = record_from_json(files.read_json(done))
-                    if names <= set(record.results):
+                    if record.is_by(scorers):
                         yield record
                         continue
                 if before:
@@ -288,7 +293,7 @@ class Trial:
                     self.plan.protocol,
                     self.plain,
                     words=self.words.get(concept, ()),
-                    permuted=concepts if permuted is None else permuted,
+                    permuted=tuple(self.words),
                 )
                 done.parent.mkdir(parents=True, exist_ok=True)
                 files.write_json(done, asdict(record))
@@ -317,13 +322,13 @@ class Trial:
         found = {}
         for column, name in enumerate(names):
             if rival.concepts is not None:
-                order = [rival.concepts.index(name)]
+                order = [rival.concepts.index(name)] if name in rival.concepts else []
             else:
                 # A stable sort, so that ties are broken by index.
                 order = areas[:, column].argsort(descending=True, stable=True).tolist()
-            found[name] = [
-                (index, float(areas[index, column])) for index in order[: self.plan.protocol.candidates]
-            ]
+            # A dead feature has no direction.
+            alive = (index for index in order if bool(rival.direction(index).any()))
+            found[name] = [(index, float(areas[index, column])) for index in islice(alive, _MATCHES)]
         return found
 
     def _factors(

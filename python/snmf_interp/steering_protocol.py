@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from .dictionaries import Dictionary
     from .models import LanguageModel
 
+# Of what is done below; records of another are made again.
+VERSION = "1"
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -77,7 +80,19 @@ class Protocol:
 
     def texts(self, model: LanguageModel, prompts: Sequence[str], samples: int) -> list[list[Continuation]]:
         """Continuations under whatever steering is in force."""
-        return generate(model, prompts, samples=samples, batch_size=self.batch_size, **self._sampling())
+        return generate(
+            model,
+            prompts,
+            samples=samples,
+            streams=self._streams(prompts),
+            batch_size=self.batch_size,
+            **self._sampling(),
+        )
+
+    def _streams(self, prompts: Sequence[str]) -> list[int]:
+        """The noise of each prompt; the two halves have none in common."""
+        first = len(self.choosing) if tuple(prompts) == self.reporting else 0
+        return list(range(first, first + len(prompts)))
 
     def steered(
         self,
@@ -99,7 +114,7 @@ class Protocol:
                     model,
                     list(prompts) * len(part),
                     samples=samples,
-                    streams=list(range(len(prompts))) * len(part),
+                    streams=self._streams(prompts) * len(part),
                     batch_size=len(rows),
                     **self._sampling(),
                 )
@@ -128,8 +143,9 @@ class Candidate:
     Attributes:
         index: in its dictionary.
         train_auroc: as a detector of the concept on training texts.
-        effect: by how much the log-probability of the concept's words rises at ``screen_kl``, the better of the
-            two signs, averaged over the choosing prompts; None where there was nothing to choose.
+        effect: by how much the log-probability of the concept's words (those that are one token) rises at
+            ``screen_kl``, the better of the two signs, averaged over the choosing prompts; None where there was
+            nothing to choose.
         sign: the better one; None likewise.
     """
 
@@ -193,7 +209,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class SteeringRecord:
-    """One method's attempt to steer to one concept at one layer."""
+    """One method's attempt to steer to one concept at one layer.
+
+    Attributes:
+        layer, method, concept: what was tried.
+        candidates: the directions considered, and
+        chosen: the index of the one taken.
+        cells: each divergence and sign on the choosing prompts.
+        results: by scorer; a scorer that could score nothing has none.
+        made_by: the protocol's version, and the identity of each scorer.
+    """
 
     layer: int
     method: str
@@ -202,6 +227,14 @@ class SteeringRecord:
     chosen: int
     cells: tuple[Cell, ...]
     results: dict[str, Outcome] = field(default_factory=dict)
+    made_by: dict[str, str] = field(default_factory=dict)
+
+    def is_by(self, scorers: Sequence[Scorer]) -> bool:
+        """Whether these scorers, and this version of the protocol, have made it, and each could score it."""
+        return self.made_by.get("protocol") == VERSION and all(
+            self.made_by.get(scorer.name) == scorer.identity and scorer.name in self.results
+            for scorer in scorers
+        )
 
 
 def unsteered(model: LanguageModel, protocol: Protocol) -> Unsteered:
@@ -288,7 +321,7 @@ def steer_concept(
         cells.append(
             Cell(one.target, one.sign, one.strength, one.kl, one.reached, scores[one.strength], kept)
         )
-    best = {scorer.name: _best(cells, scorer.name) for scorer in scorers}
+    best = {scorer.name: cell for scorer in scorers if (cell := _best(cells, scorer.name)) is not None}
     wanted = list(dict.fromkeys(cell.strength for cell in best.values()))
     reported = dict(
         zip(
@@ -309,9 +342,11 @@ def steer_concept(
             permuted,
         )
         for scorer in scorers
+        if scorer.name in best
     }
+    made_by = {"protocol": VERSION} | {scorer.name: scorer.identity for scorer in scorers}
     return SteeringRecord(
-        layer, dictionary.name, concept, tuple(considered), chosen.index, tuple(cells), results
+        layer, dictionary.name, concept, tuple(considered), chosen.index, tuple(cells), results, made_by
     )
 
 
@@ -338,7 +373,7 @@ def _screen(
     protocol: Protocol,
 ) -> list[Candidate]:
     """How far each candidate raises the probability of the concept's words."""
-    firsts = torch.tensor(sorted(_first_tokens(model, words)), dtype=torch.int64)
+    firsts = torch.tensor(sorted(_word_tokens(model, words)), dtype=torch.int64)
     if not len(firsts) or (len(candidates) == 1 and protocol.both_signs):
         return [Candidate(index, area) for index, area in candidates]
     before = _next_token(model, protocol.choosing)[:, firsts].logsumexp(1)
@@ -369,24 +404,25 @@ def _next_token(model: LanguageModel, prompts: Sequence[str]) -> Tensor:
     return logits.float().log_softmax(-1).cpu()
 
 
-def _first_tokens(model: LanguageModel, words: Sequence[str]) -> set[int]:
-    """The first tokens of words inside a sentence, as they are given and with a capital; none that is special."""
+def _word_tokens(model: LanguageModel, words: Sequence[str]) -> set[int]:
+    """The words that are one token inside a sentence, as they are given or with a capital.
+
+    A first token alone would often be another word: " to" of "Tokyo".
+    """
     found = set()
     for spelling in dict.fromkeys(form for word in words for form in (word, word.capitalize())):
         ids = model.tokenizer(f" {spelling}", add_special_tokens=False)["input_ids"]
         # Some tokenizers set the space apart.
-        first = next((i for i in ids if model.token_text(i).strip()), None)
-        if first is not None and first not in model.special_ids:
-            found.add(int(first))
+        whole = [int(i) for i in ids if model.token_text(i).strip()]
+        if len(whole) == 1 and whole[0] not in model.special_ids:
+            found.add(whole[0])
     return found
 
 
-def _best(cells: Sequence[Cell], scorer: str) -> Cell:
-    def value(cell: Cell) -> tuple[float, float]:
-        score = cell.scores[scorer]
-        return (-1.0 if score is None else score, -cell.target)
-
-    return max(cells, key=value)
+def _best(cells: Sequence[Cell], scorer: str) -> Cell | None:
+    """The cell of highest score, the smaller divergence among equals; None if none could be scored."""
+    scored = [(score, -cell.target, cell) for cell in cells if (score := cell.scores[scorer]) is not None]
+    return max(scored, key=lambda entry: entry[:2])[2] if scored else None
 
 
 def _outcome(
@@ -444,4 +480,5 @@ def record_from_json(content: Mapping[str, Any]) -> SteeringRecord:
         content["chosen"],
         tuple(Cell(**one | {"texts": tuple(one["texts"])}) for one in content["cells"]),
         {name: Outcome(**one | {"texts": tuple(one["texts"])}) for name, one in content["results"].items()},
+        dict(content.get("made_by", {})),
     )

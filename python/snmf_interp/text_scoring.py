@@ -10,6 +10,7 @@ and a text's score is their harmonic mean.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from . import hooks
+from . import hooks, prompts
 from .judging import Judgement, judge
 from .words import count_words, is_function_word, log_odds, split_words
 
@@ -51,10 +52,18 @@ class TextScore(Protocol):
 
 
 class Scorer(Protocol):
-    """Scores texts for a concept."""
+    """Scores texts for a concept.
+
+    Attributes:
+        name: for tables, such as ``"words"``.
+        identity: says all that its scores of a text depend on; scores of another identity are not kept.
+    """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def identity(self) -> str: ...
 
     def score(
         self, texts: Sequence[Continuation], concept: str, *, complete: bool = False
@@ -109,7 +118,6 @@ def concept_words(
         counts = count_words(own)
         spread = count_words(" ".join(dict.fromkeys(map(str.casefold, split_words(text)))) for text in own)
         z = log_odds(counts, corpus, prior=min(_MOST_PRIOR, sum(counts.values()) / 4))
-        z = log_odds(counts, corpus, prior=min(_MOST_PRIOR, sum(counts.values()) / 4))
         kept = [
             word
             for word in counts
@@ -158,9 +166,9 @@ class WordScorer:
                 "raise samples or max_new_tokens"
             )
         shuffled = [_shuffled(one.text, seed) for seed, one in enumerate(clean)]
-        prompts = [one.prompt for one in clean]
-        self.high = statistics.median(self.log_probabilities(prompts, [one.text for one in clean]))
-        self.low = statistics.median(self.log_probabilities(prompts, shuffled))
+        openings = [one.prompt for one in clean]
+        self.high = statistics.median(self.log_probabilities(openings, [one.text for one in clean]))
+        self.low = statistics.median(self.log_probabilities(openings, shuffled))
         if not self.high > self.low:
             raise ValueError(
                 f"model: {model.name!r} finds shuffled text as likely as its own "
@@ -168,6 +176,10 @@ class WordScorer:
             )
         fresh = sorted(_fresh(one.text) for one in clean)
         self.fresh = fresh[len(fresh) // 10]
+        listed = sorted((name, sorted(words)) for name, words in self.words.items())
+        digest = hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
+        scale = f"{self.low:.4f} to {self.high:.4f} nats, {self.fresh:.4f} new runs"
+        self.identity = f"words 1, {digest}, {model.name}, {scale}"
         # Texts are scored for many concepts; reading them takes the time.
         self._fluencies: dict[tuple[str, str], float] = {}
 
@@ -185,8 +197,8 @@ class WordScorer:
         pairs = [(one.prompt, one.text) for one in texts]
         needed = [pair for pair, count in zip(pairs, found, strict=True) if count or complete]
         if unread := [pair for pair in dict.fromkeys(needed) if pair not in self._fluencies]:
-            prompts, continuations = zip(*unread, strict=True)
-            for pair, likelihood in zip(unread, self.log_probabilities(prompts, continuations), strict=True):
+            openings, continuations = zip(*unread, strict=True)
+            for pair, likelihood in zip(unread, self.log_probabilities(openings, continuations), strict=True):
                 self._fluencies[pair] = self._fluency(pair[1], likelihood)
         return [
             WordScore(float(count), self._fluencies.get(pair) if count or complete else None)
@@ -197,10 +209,10 @@ class WordScorer:
         """How many different words of a concept a text has."""
         return len(self.words[concept] & set(map(str.casefold, split_words(text))))
 
-    def log_probabilities(self, prompts: Sequence[str], texts: Sequence[str]) -> list[float]:
-        """Mean log-probability a token of each text behind its prompt, in nats; −inf for an empty text."""
-        heads = [self.model.encode(prompt) for prompt in prompts]
-        whole = [self.model.encode(prompt + text) for prompt, text in zip(prompts, texts, strict=True)]
+    def log_probabilities(self, openings: Sequence[str], texts: Sequence[str]) -> list[float]:
+        """Mean log-probability a token of each text behind its opening, in nats; −inf for an empty text."""
+        heads = [self.model.encode(opening) for opening in openings]
+        whole = [self.model.encode(opening + text) for opening, text in zip(openings, texts, strict=True)]
         means = []
         for first in range(0, len(whole), self.batch_size):
             rows = whole[first : first + self.batch_size]
@@ -226,6 +238,9 @@ class JudgeScorer:
 
     def __init__(self, llm: ChatModel) -> None:
         self.llm = llm
+        parameters = getattr(llm, "parameters", {})
+        digests = ", ".join(map(prompts.digest, (prompts.CONCEPT, prompts.FLUENCY)))
+        self.identity = f"judge 1, {llm.name}, {sorted(parameters.items())}, {digests}"
 
     def score(
         self, texts: Sequence[Continuation], concept: str, *, complete: bool = False

@@ -26,16 +26,18 @@ class SteeringSummary:
     Attributes:
         method: its name.
         n: pairs of concept and layer.
+        dropped: pairs that were tried and are not among them, because some method lacks them or could not be scored.
         gain: the score (0 to 2) above that of unsteered text, on the reporting prompts.
         permuted: the same texts as texts on the other concepts: the control, near 0.
         concept, fluency: the two parts of the score, 0 to 2.
         kl: divergence at the chosen strengths on the reporting prompts, in nats.
         lead: by how much the first method's gain is above this one's, paired by concept; None for the first.
-        missing: the share of texts without a score.
+        missing: the share of this method's texts without a score, over all pairs that were tried.
     """
 
     method: str
     n: int
+    dropped: int
     gain: Interval
     permuted: Interval
     concept: float
@@ -83,6 +85,7 @@ def summarise_steering(
             SteeringSummary(
                 method,
                 len(shared),
+                len({(record.layer, record.concept) for record in records}) - len(shared),
                 Interval.of(gain, confidence=confidence),
                 Interval.of(by_concept(method, "permuted"), confidence=confidence),
                 float(by_concept(method, "concept").nanmean()),
@@ -91,10 +94,15 @@ def summarise_steering(
                 None
                 if method == methods[0]
                 else Interval.of(by_concept(methods[0], "gain") - gain, confidence=confidence),
-                float(by_concept(method, "missing").mean()) if concepts else float("nan"),
+                _missing([record for record in records if record.method == method], scorer),
             )
         )
     return rows
+
+
+def _missing(records: Sequence[SteeringRecord], scorer: str) -> float:
+    found = [record.results[scorer].missing if scorer in record.results else 1.0 for record in records]
+    return sum(found) / len(found)
 
 
 def curves(records: Sequence[SteeringRecord], scorer: str = "words") -> dict[str, dict[float, float]]:

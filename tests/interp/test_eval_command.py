@@ -95,7 +95,8 @@ def test_other_options_are_refused(run: Path) -> None:
         (("--concepts", "9"), "3 concepts of these texts"),
         (("--against", "magic"), "against: wanted some of"),
         (("--neuron-scale", "max"), "--neuron-scale: wanted rms or none"),
-        (("--model-dtype", "float32"), "loaded as it was collected"),
+        (("--model-dtype", "float32"), "--model-dtype: "),
+        (("--texts", "concepts"), "is a run, whose model and texts are settled"),
     ],
 )
 def test_bad_options(run: Path, options: tuple[str, str], message: str) -> None:
@@ -154,7 +155,7 @@ class TestDetect:
         assert made.exit_code == 0, made.output
         result = snmf("detect", run, "--k", 12)
         assert result.exit_code == 0, result.output
-        for name in ("snmf", "diffmeans", "neuron", "random", "permuted", "hard negatives"):
+        for name in ("snmf", "diffmeans", "neuron", "random", "permuted", "hard AUROC"):
             assert name in result.stdout
         found = json.loads(snmf("detect", run, "--k", 12, "--json").stdout)
         assert found["layers"]["0"][0]["auroc"]["value"] > 0.6

@@ -13,7 +13,6 @@ import torch
 
 import snmf_kernels
 from snmf_interp import LanguageModel, Sample, rivals, split_texts
-from snmf_interp.concepts import text_scores
 from snmf_interp.detecting import Interval, detect_concepts, hard_negatives, summarise
 from snmf_interp.dictionaries import (
     NeuronDictionary,
@@ -49,6 +48,7 @@ class Words:
     """Scores by the planted words alone: the model is too simple to have a word order."""
 
     name = "words"
+    identity = "planted words"
 
     def score(
         self, texts: Sequence[Continuation], concept: str, *, complete: bool = False
@@ -91,7 +91,7 @@ class TestPlanted:
             assert rows[name].auroc.value == pytest.approx(1)
             assert rows[name].hard_auroc.value == pytest.approx(1)
             assert rows[name].detected.value == 1
-        assert rows["permuted"].auroc.value < 0.75
+        assert rows["permuted"].auroc.value < 0.65
         assert rows["permuted"].lead is not None
         assert rows["permuted"].lead.low > 0.1
         assert rows["snmf"].size == 12
@@ -137,7 +137,6 @@ class TestPlanted:
         plan = replace(PLAN, against=(), protocol=replace(PROTOCOL, both_signs=False))
         (record,) = Trial.open(other, model, plan).steer(0, [Words()], ("days",))
         assert {cell.sign for cell in record.cells} == {1}
-        assert record.results["words"].permuted is None
 
     def test_the_report(self, trial: Trial, records: list[SteeringRecord], tmp_path: Path) -> None:
         detection = {0: summarise(trial.detect(0))}
@@ -393,8 +392,3 @@ class TestProtocol:
             protocol = replace(PROTOCOL, batch_size=batch_size)
             nothing = protocol.steered(model, 0, torch.ones(WIDTH), [0.0, 1e-6, 0.0], PROTOCOL.choosing, 2)
             assert nothing == [plain] * 3
-
-
-def test_text_scores_start_at_zero() -> None:
-    """What the floor of the cosines relies on."""
-    assert text_scores(torch.tensor([[-1.0, 2.0]]), torch.tensor([0, 1]), 3).tolist() == [[0, 2, 0]]
