@@ -133,6 +133,22 @@ def test_a_judge(run: Path) -> None:
     rows = {row["method"]: row for row in report["steering"]["judge"]["all"]}
     assert rows["snmf"]["gain"]["value"] is not None
     assert rows["snmf"]["missing"] == 0
+    assert report["scorers"]["judge"].startswith("judge 1, scripted")
+    assert report["qualification"]["failures"] == []
+
+    def strict(body: dict[str, Any], earlier: int) -> Reply:
+        reply = answer(body, earlier)
+        question = body["messages"][0]["content"]
+        return reply if any(text in question for text in gold) else completion('{"score": 0}')
+
+    with serve(strict) as endpoint:
+        again = snmf(
+            "eval", run, "--concepts", "days", "--against", "diffmeans", *SHORT, "--model", "strict",
+            "--base-url", endpoint.url,
+        )  # fmt: skip
+    assert again.exit_code == 0, again.output
+    other = json.loads((run / "eval" / "report.json").read_text())
+    assert {row["concept"] for row in other["steering"]["judge"]["all"]} == {0.0}, "the first judge's scores"
     # Its scores are there beside those by words.
     assert set(report["steering"]) == {"words", "judge"}
 

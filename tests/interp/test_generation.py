@@ -157,3 +157,12 @@ def test_model_without_pad_token() -> None:
     model = LanguageModel(make_network("llama"), tokenizer)
     with_pad = LanguageModel(make_network("llama"), make_tokenizer())
     assert generate(model, PROMPTS, max_new_tokens=4) == generate(with_pad, PROMPTS, max_new_tokens=4)
+
+
+def test_the_space_behind_the_prompt_is_kept(make_model: Maker) -> None:
+    """Prompt and text together are what the model wrote, also where decoding drops a leading space."""
+    model = make_model()
+    (row,) = generate(model, ["the cat"], samples=3, max_new_tokens=5)
+    for one in row:
+        words = [model.token_text(i) for i in one.token_ids if i not in model.special_ids]
+        assert (one.prompt + one.text).split() == ["the", "cat", *words]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import snmf_kernels
-from snmf_interp import LanguageModel, Sample, rivals, split_texts
+from snmf_interp import Judgement, LanguageModel, Sample, rivals, split_texts, steering_protocol
 from snmf_interp.detecting import Interval, detect_concepts, hard_negatives, summarise
 from snmf_interp.dictionaries import (
     NeuronDictionary,
@@ -127,6 +128,37 @@ class TestPlanted:
         monkeypatch.setattr(rivals, "steer_concept", lambda *_, **__: pytest.fail("done again"))
         assert list(trial.steer(0, [Words()], tuple(CONCEPTS))) == records
 
+    def test_another_scorer_or_version_makes_it_anew(
+        self, trial: Trial, records: list[SteeringRecord], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Others(Words):
+            identity = "other words"
+
+        assert records[0].is_by([Words()])
+        assert not records[0].is_by([Others()])
+        assert not records[0].is_by([Words(), type("Judge", (Words,), {"name": "judge"})()])
+        monkeypatch.setattr(steering_protocol, "VERSION", "0")
+        assert not records[0].is_by([Words()])
+
+    def test_what_cannot_be_scored_has_no_result(
+        self, run: Run, model: LanguageModel, tmp_path: Path
+    ) -> None:
+        class Silent(Words):
+            def score(self, texts: Sequence[Continuation], *_: Any, **__: Any) -> list[Any]:
+                return [Judgement(None, None, "no answer") for _ in texts]
+
+        other = Run.collect(tmp_path / "run", model, planted_samples(), "0")
+        silent = Trial.open(other, model, replace(PLAN, against=()))
+        (record,) = silent.steer(0, [Silent()], ("days",))
+        assert record.results == {}
+        assert not record.is_by([Silent()])
+        assert all(cell.scores == {"words": None} for cell in record.cells)
+        rows = summarise_steering([record])
+        assert (rows[0].n, rows[0].dropped, rows[0].missing) == (0, 1, 1.0)
+        # An endpoint that answers again.
+        (record,) = silent.steer(0, [Words()], ("days",))
+        assert record.results["words"].missing == 0
+
     def test_records_survive_json(self, records: list[SteeringRecord]) -> None:
         from dataclasses import asdict
 
@@ -163,6 +195,30 @@ class TestTrial:
         before = (run.path / "eval" / "plan.json").read_text()
         Trial.open(run, model, other, steering=False).detect(0)
         assert (run.path / "eval" / "plan.json").read_text() == before
+
+    def test_detection_first(self, model: LanguageModel, tmp_path: Path) -> None:
+        """It decides nothing about steering, and keeps more candidates than the protocol tries."""
+        run = Run.collect(tmp_path / "run", model, planted_samples(), "0")
+        Trial.open(run, model, PLAN, steering=False).detect(0)
+        matches = json.loads((run.path / "eval" / "layer_0" / "matches.json").read_text())["matches"]
+        assert len(matches["neuron"]["days"]) == 20
+        assert len(matches["diffmeans"]["days"]) == 1
+        other = replace(PLAN, protocol=replace(PROTOCOL, both_signs=False))
+        Trial.open(run, model, other)
+        with pytest.raises(ValueError, match="with protocol ="):
+            Trial.open(run, model, PLAN)
+
+    def test_dead_features_are_no_candidates(self, trial: Trial) -> None:
+        vectors = torch.eye(3, WIDTH)
+        vectors[0] = 0
+        rival = ProjectionDictionary("dead", vectors)
+        scores = torch.ones(3, len(trial.labels))
+        assert {index for best in trial._best(rival, scores).values() for index, _ in best} == {1, 2}
+
+    def test_equals_are_taken_in_their_order(self, trial: Trial) -> None:
+        scores = torch.ones(4, len(trial.labels))
+        found = trial._best(ProjectionDictionary("equal", torch.ones(4, WIDTH)), scores)
+        assert found["days"] == [(i, 0.5) for i in range(4)]
 
     def test_more_rivals_are_not(self, trial: Trial, run: Run, model: LanguageModel) -> None:
         more = Trial.open(run, model, replace(PLAN, against=("random", "snmf-raw")))
@@ -229,6 +285,10 @@ class TestDictionaries:
         x = (self.text_of[:30] % 2) == 0
         assert torch.allclose(found.direction(0), used[x].mean(0) - used[~x].mean(0), atol=1e-6)
         assert torch.allclose(found.direction(1), -found.direction(0), atol=1e-6)
+        scale = torch.rand(12) + 0.5
+        scaled = difference_of_means(self.A, self.text_of, [*self.labels[:9], None], train, scale=scale)
+        assert torch.equal(scaled.vectors, found.vectors)
+        assert scaled.scale is scale
         with pytest.raises(ValueError, match="at least two labels"):
             difference_of_means(self.A, self.text_of, ["x"] * 10, train)
 
@@ -295,6 +355,17 @@ class TestDetection:
         other = replace(first, detection=replace(first.detection, names=("x",)))
         with pytest.raises(ValueError, match="same concepts"):
             summarise([first, other])
+
+    def test_intervals_of_few(self) -> None:
+        """They hold the true mean as often as they say."""
+        generator = torch.Generator().manual_seed(0)
+        inside = 0
+        for _ in range(400):
+            value = Interval.of(torch.randn(8, generator=generator))
+            inside += value.low <= 0 <= value.high
+        assert 0.92 < inside / 400 < 0.98
+        assert Interval.of(torch.tensor([3.0])).value == 3
+        assert math.isnan(Interval.of(torch.tensor([3.0])).low)
 
     def test_intervals(self) -> None:
         value = Interval.of(torch.tensor([0.0, 1.0] * 50 + [float("nan")]))
@@ -385,6 +456,18 @@ class TestProtocol:
     def test_bad_options(self, change: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             replace(PROTOCOL, **change)
+
+    def test_the_halves_share_no_noise(self, model: LanguageModel) -> None:
+        same = replace(PROTOCOL, reporting=("the cat .", "a dog ."), report_samples=2)
+        streams = [same._streams(prompts) for prompts in (same.choosing, same.reporting)]
+        assert streams == [[0, 1], [2, 3]]
+
+    def test_words_of_one_token(self, make_model: Any) -> None:
+        """Each token of "Monday" is one word here; unknown ones are none."""
+        from .conftest import VOCABULARY
+
+        found = steering_protocol._word_tokens(make_model(), ["monday", "cat", "tokyo"])
+        assert {VOCABULARY[i] for i in found} == {"Monday", "cat"}
 
     def test_steered_texts_meet_the_same_noise(self, model: LanguageModel) -> None:
         plain = [one for row in PROTOCOL.texts(model, PROTOCOL.choosing, 2) for one in row]
