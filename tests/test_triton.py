@@ -245,7 +245,7 @@ def _flat(result):
 def plan(n=100_000, k=100, tile_bytes=configs.PASS.tile_bytes, gather=True, **options):
     arguments = {
         "a_bytes": 2, "y_bytes": 4, "kept": 144, "gather": gather, "products": "all", "residual": False,
-        "product": configs.PRODUCT[torch.float32, True], "sweep": configs.PASS.sweeps[torch.float32, False],
+        "product": configs.PRODUCT[torch.float32, "bf16"], "sweep": configs.PASS.sweeps[torch.float32, False],
         "programs": configs.PROGRAMS, "tile_bytes": tile_bytes,
     }  # fmt: skip
     return schedule.plan_pass(14_336, n, k, **arguments | options)

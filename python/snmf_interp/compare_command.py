@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from . import files, terminal
+from . import terminal
 from .arguments import DeviceOption, ModelArgument, RevisionOption, RunArgument, TrustOption
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def compare(
     Both checkpoints must make the same tokens. The other's activations are kept in DIR/compare; the same command
     resumes. A residual that rises says that MODEL does something that no feature of this run stands for.
     """
+    from . import files
     from .compare import compare_stores
     from .runs import Run
 
@@ -204,6 +205,8 @@ def _contexts(change: FeatureChange, feature: Feature, width: int, marks: bool) 
 
 
 def _as_dict(difference: Difference, run: Run, model: LanguageModel) -> dict[str, Any]:
+    from . import files
+
     names = {
         "first": run.config["model"]["name"],
         "second": model.name,

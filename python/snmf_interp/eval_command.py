@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm.auto import tqdm
 
-from . import files, llm_options, terminal
+from . import llm_options, terminal
 from .arguments import DeviceOption, RunArgument
 from .llm_options import BaseUrlOption, ConcurrencyOption, LlmOption, LocalOption, ParameterOption
 
@@ -110,6 +110,7 @@ def evaluate(
 
     Writes DIR/eval/report.json and figure.png. The same command goes on where it was stopped.
     """
+    from . import files
     from .rivals import Plan, Trial
     from .runs import versions
     from .steering_protocol import Protocol
@@ -211,6 +212,7 @@ def detect(
     With --model, --base-url or --local also as in the paper: a language model names the features of the run's own
     fit, writes five sentences that should activate each and five that should not, and each feature must tell them.
     """
+    from . import files
     from .rivals import Plan, Trial
     from .runs import Run
 

@@ -13,6 +13,7 @@
     layer_6/starts/                 fits from other starts, for snmf_interp.stability
     layer_6/k_evidence.json         what spoke for each k, for --k auto
     compare/                        what another checkpoint makes of the texts
+    eval/                           other methods on the same texts, see snmf_interp.rivals
 
 Every step may be cut short: what is finished is kept, and the same step done again does only what is missing.
 """

@@ -209,7 +209,7 @@ class TestProcess:
         assert time.perf_counter() - started < 10
         for command in (
             "collect", "fit", "features", "label", "steer", "tree", "neuron", "overlap", "nearest", "stability",
-            "compare", "report", "demo", "doctor",
+            "compare", "core", "detect", "eval", "report", "demo", "doctor",
         ):  # fmt: skip
             assert command in shown.stdout
             one = self.run(command, "--help")
