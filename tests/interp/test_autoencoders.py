@@ -111,7 +111,11 @@ def test_over_the_output_of_the_mlp(family: str, make_model: Any, tmp_path: Path
     change = (rival.output(captured[1][0] + step) - rival.output(captured[1][0])) / 1e-3
     rest = rival.output(captured[1][0])
     for row, along in zip(change, rest, strict=True):
-        basis = torch.stack([rival.sae.W_dec[2], along]) if family == "gemma3" else rival.sae.W_dec[2][None]
+        basis = (
+            torch.stack([rival.sae.W_dec[2].detach(), along])
+            if family == "gemma3"
+            else rival.sae.W_dec[2].detach()[None]
+        )
         explained = torch.linalg.lstsq(basis.T, row[:, None]).solution
         assert float((basis.T @ explained - row[:, None]).norm() / row.norm()) < 1e-2
 
