@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -294,32 +293,6 @@ class DataMatrix:
             f"A: wanted finite values, got {count} of {self.A.numel()} NaN or infinite, the first ({first[2]}) "
             f"at neuron {first[0]}, token {first[1]}; drop those tokens or replace the values"
         )
-
-
-@contextmanager
-def product_precision(device: torch.device, allow_tf32: bool = False) -> Iterator[None]:
-    """Keeps a surrounding ``torch.autocast`` from rounding the solver's products, and sets whether TF32 may be used.
-
-    Torch's setting for TF32, which the package's own kernels follow too, is one for the whole process; it is put back.
-    """
-    matmul = torch.backends.cuda.matmul
-    # Since 2.9 torch has a new name for it, and refuses a mixture of both.
-    name, values = (
-        ("fp32_precision", ("ieee", "tf32"))
-        if hasattr(matmul, "fp32_precision")
-        else ("allow_tf32", (False, True))
-    )
-    wanted = values[allow_tf32]
-    with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda" or getattr(matmul, name) == wanted:
-            yield
-            return
-        before = getattr(matmul, name)
-        setattr(matmul, name, wanted)
-        try:
-            yield
-        finally:
-            setattr(matmul, name, before)
 
 
 def precise_dtype(device: torch.device) -> torch.dtype:

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import _backends, _checks
-from ._data import DataMatrix, as_matrix, as_weights, product_precision, relative
+from ._data import DataMatrix, as_matrix, as_weights, relative
+from ._precision import product_precision
 from ._problem import Problem, dot, kept_count, kkt_residual
 from ._version import __version__
 from .sparse import SparseColumns

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from . import _backends, _checks
-from ._data import DataMatrix, as_matrix, as_weights, product_precision, relative
+from ._data import DataMatrix, as_matrix, as_weights, relative
 from ._loop import FastIterations, Iterations, PaperIterations
 from ._monitor import Callback, IterationState, Monitor
+from ._precision import product_precision
 from ._problem import Problem, kept_count
 from ._steps import Steps, lag_on
 from .factorization import Factorization, sparse_features

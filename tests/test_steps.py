@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import snmf_kernels
 from snmf_kernels import Factorization, _backends, _loop, _steps, fit
-from snmf_kernels._data import product_precision
+from snmf_kernels._precision import product_precision
 
 # Operations whose result, or whose shape, the host can only know by waiting for a GPU.
 WAITING = {

@@ -13,7 +13,7 @@ from test_operations import coefficient_problem, column_problem, in_layout, pass
 
 import snmf_kernels
 from snmf_kernels import SparseColumns, _backends, ops, reference
-from snmf_kernels._data import product_precision
+from snmf_kernels._precision import product_precision
 
 pytest.importorskip("triton")
 from snmf_kernels import _triton  # once it is known to be there

@@ -21,14 +21,6 @@ def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def tf32_allowed() -> bool:
-    """Whether float32 products may round to 11 bits: torch's own setting, which ``fit`` sets for itself."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):
-        return bool(matmul.fp32_precision == "tf32")
-    return bool(matmul.allow_tf32)
-
-
 @triton.jit
 def copy_if_kernel(  # type: ignore[no-untyped-def]  # typed at the launch
     flag_ptr, source_ptr, target_ptr, columns, source_row, source_column, target_row, target_column,

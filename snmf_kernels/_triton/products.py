@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._precision import tf32_allowed
 from ..sparse import SparseColumns
 from .configs import DENSE_FROM, GATHER, PRODUCT, PROGRAMS, DenseConfig
-from .launch import INTERPRETING, device_of, tf32_allowed
+from .launch import INTERPRETING, device_of
 from .schedule import split
 
 # What the parts of a float32 are multiplied as: numpy, which interprets, has no bfloat16.
