@@ -177,7 +177,7 @@ def collect(
     from .texts import read_texts
 
     samples = read_texts(texts, chunk=chunk)
-    loaded = _load(model, model_dtype, device, start_token, revision, trust_remote_code)
+    loaded = terminal.load_model(model, model_dtype, device, start_token, revision, trust_remote_code)
     started = time.perf_counter()
     run = Run.collect(
         out,
@@ -340,9 +340,7 @@ def features(
     if not chosen:
         raise FileNotFoundError(f"{run} has no factorised layer yet: `snmf fit {run}`")
     screen = terminal.console()
-    load = functools.cache(
-        lambda: _announce(opened.config["model"]["name"], lambda: opened.load_model(device=device))
-    )
+    load = terminal.loader(opened, device)
     for number in chosen:
         found = opened.features(number, load)
         if feature is not None:
@@ -452,8 +450,8 @@ def steer(
 
     def load() -> LanguageModel:
         if opened is None:
-            return _load(target, model_dtype or "float32", device, "auto", None, False)
-        return _announce(opened.config["model"]["name"], lambda: opened.load_model(device=device))
+            return terminal.load_model(target, model_dtype or "float32", device, "auto", None, False)
+        return terminal.loader(opened, device)()
 
     result = steer_command.run(
         terminal.console(),
@@ -518,7 +516,7 @@ def doctor(
 
     Each check is a line with its measured number. The exit code is 1 when one fails.
     """
-    loaded = _load(model, model_dtype, device, start_token, revision, trust_remote_code)
+    loaded = terminal.load_model(model, model_dtype, device, start_token, revision, trust_remote_code)
     from .doctor import check_model
 
     screen = terminal.console()
@@ -537,35 +535,6 @@ def doctor(
         screen.print(Text.assemble(mark, check.name, (f"\n  {check.measured}", "dim")))
     if failed:
         raise typer.Exit(1)
-
-
-def _load(
-    name: str, dtype: str, device: str | None, start_token: str, revision: str | None, trust_remote_code: bool
-) -> LanguageModel:
-    import torch
-
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in dtypes:
-        raise ValueError(f"--model-dtype: wanted {', '.join(dtypes)}, got {dtype!r}")
-
-    def load() -> LanguageModel:
-        from .models import load_model
-
-        return load_model(
-            name,
-            device=device,
-            dtype=dtypes[dtype],
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            start_token=None if start_token == "none" else start_token,
-        )
-
-    return _announce(name, load)
-
-
-def _announce(name: str, load: Callable[[], LanguageModel]) -> LanguageModel:
-    with terminal.waiting(f"loading {name}"):
-        return load()
 
 
 def main() -> None:

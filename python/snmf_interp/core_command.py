@@ -145,10 +145,7 @@ def _opened(
 
     @functools.cache
     def load() -> LanguageModel:
-        from .models import load_model
-
-        with terminal.waiting(f"loading {target}"):
-            return load_model(target, device=device)
+        return terminal.load_model(target, device=device)
 
     opened = Run.collect(folder, load(), samples, [chosen], texts=NAME)
     terminal.counts(screen, opened.config)

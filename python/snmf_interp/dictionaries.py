@@ -49,7 +49,7 @@ class Dictionary(Protocol):
     def concepts(self) -> tuple[str, ...] | None: ...
 
     def scores(self, activations: Tensor, text_of: Tensor, n_texts: int) -> Tensor:
-        """How much each text has of each direction, its largest token counting: ``[m, n_texts]`` float32.
+        """How much each text has of each direction, its largest token counting: ``[m, n_texts]``, floating.
 
         Args:
             activations: ``[n, d]``, tokens × neurons.
@@ -116,9 +116,8 @@ class NeuronDictionary:
         return 2 * self.width
 
     def scores(self, activations: Tensor, text_of: Tensor, n_texts: int) -> Tensor:
-        index = text_of[:, None].expand(-1, self.width)
-        start = torch.zeros(n_texts, self.width)
-        values = activations.cpu().float()
+        values, index = activations.cpu(), text_of[:, None].expand(-1, self.width)
+        start = values.new_zeros(n_texts, self.width)
         highest = start.scatter_reduce(0, index, values, "amax", include_self=False)
         lowest = start.scatter_reduce(0, index, values, "amin", include_self=False)
         return torch.stack([highest, -lowest], 2).flatten(1).T.contiguous()

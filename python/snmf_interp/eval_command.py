@@ -38,6 +38,16 @@ AgainstOption = Annotated[
         "fits: snmf-raw, snmf-norefit, snmf-sparse, snmf-paper."
     ),
 ]
+SaeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="A published autoencoder too: RELEASE/SAE_ID of SAELens, or a folder; {layer} is filled in."
+    ),
+]
+NeuronScaleOption = Annotated[str, typer.Option(help="Of SNMF: rms or none.")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a comparison made with other options.")
+]
 
 
 def evaluate(
@@ -63,13 +73,8 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="For a MODEL: the run's folder.", show_default="results/MODEL-eval")
     ] = None,
-    sae: Annotated[
-        str | None,
-        typer.Option(
-            help="A published autoencoder too: RELEASE/SAE_ID of SAELens, or a folder; {layer} is filled in."
-        ),
-    ] = None,
-    neuron_scale: Annotated[str, typer.Option(help="Of SNMF: rms or none.")] = "rms",
+    sae: SaeOption = None,
+    neuron_scale: NeuronScaleOption = "rms",
     both_signs: Annotated[
         bool,
         typer.Option(
@@ -92,9 +97,7 @@ def evaluate(
     local: LocalOption = None,
     concurrency: ConcurrencyOption = 8,
     parameter: ParameterOption = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a comparison made with other options.")
-    ] = False,
+    overwrite: OverwriteOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of tables.")] = False,
     model_dtype: Annotated[
         str | None, typer.Option(help="For a MODEL: float32, bfloat16 or float16.", show_default="float32")
@@ -182,13 +185,8 @@ def detect(
     ] = None,
     k: Annotated[int, typer.Option(help="Features.")] = 100,
     against: AgainstOption = "diffmeans,neuron,random,permuted",
-    sae: Annotated[
-        str | None,
-        typer.Option(
-            help="A published autoencoder too: RELEASE/SAE_ID of SAELens, or a folder; {layer} is filled in."
-        ),
-    ] = None,
-    neuron_scale: Annotated[str, typer.Option(help="Of SNMF: rms or none.")] = "rms",
+    sae: SaeOption = None,
+    neuron_scale: NeuronScaleOption = "rms",
     seed: Annotated[int, typer.Option(help="Of the division of texts and the fits.")] = 0,
     model: LlmOption = None,
     base_url: BaseUrlOption = None,
@@ -198,9 +196,7 @@ def detect(
     ] = 50,
     concurrency: ConcurrencyOption = 8,
     parameter: ParameterOption = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a comparison made with other options.")
-    ] = False,
+    overwrite: OverwriteOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
     device: DeviceOption = None,
 ) -> None:
@@ -264,16 +260,9 @@ def _opened(
             )
         opened = Run.open(target)
         return opened, terminal.loader(opened, device)()
-    import torch
-
-    from .models import load_model
     from .rivals import collect_run
 
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if (dtype or "float32") not in dtypes:
-        raise ValueError(f"--model-dtype: wanted {', '.join(dtypes)}, got {dtype!r}")
-    with terminal.waiting(f"loading {target}"):
-        model = load_model(target, device=device, dtype=dtypes[dtype or "float32"])
+    model = terminal.load_model(target, dtype or "float32", device)
     if layers is None:
         depths = (model.n_layers // 3, 2 * model.n_layers // 3, 9 * model.n_layers // 10)
         layers = ",".join(map(str, sorted(set(depths))))

@@ -21,7 +21,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from .concepts import text_scores
-from .dictionaries import random_groups
+from .dictionaries import NeuronDictionary, random_groups
 
 if TYPE_CHECKING:
     import snmf_kernels
@@ -278,11 +278,9 @@ def best_neurons(
     _check(activations, text_of, labels, train)
     best = None
     for first in range(0, activations.shape[1], _NEURONS):
-        part = activations[:, first : first + _NEURONS].cpu()
-        index, start = text_of[:, None].expand(part.shape), part.new_zeros(len(labels), part.shape[1])
-        highest = start.scatter_reduce(0, index, part, "amax", include_self=False)
-        lowest = start.scatter_reduce(0, index, part, "amin", include_self=False)
-        found = halves(torch.stack([highest, -lowest], 2).flatten(1).T, labels, train)
+        part = activations[:, first : first + _NEURONS]
+        scores = NeuronDictionary(part.shape[1]).scores(part, text_of, len(labels))
+        found = halves(scores, labels, train)
         best = found if best is None else _better(best, found, 2 * first)
     assert best is not None  # _check wants a neuron
     return best

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import hooks
 from .generation import Continuation, generate
 from .steering import Intervention, steer
-from .strengths import KL_TARGETS, PROMPTS, solve_strengths
+from .strengths import KL_TARGETS, PROMPTS, Meter, next_token, solve_strengths
 from .text_scoring import Scorer, TextScore, mean_score
+from .word_meter import is_single_token, word_token
 
 if TYPE_CHECKING:
     from .dictionaries import Dictionary
@@ -330,7 +330,8 @@ def steer_concept(
             strict=True,
         )
     )
-    kl = dict(zip(wanted, divergences(model, layer, direction, wanted, protocol), strict=True))
+    meter = Meter(model, layer, protocol.reporting, "last", protocol.batch_size)
+    kl = dict(zip(wanted, meter.divergences(direction, None, wanted), strict=True))
     results = {
         scorer.name: _outcome(
             scorer,
@@ -350,20 +351,6 @@ def steer_concept(
     )
 
 
-def divergences(
-    model: LanguageModel, layer: int, direction: Tensor, strengths: Sequence[float], protocol: Protocol
-) -> list[float]:
-    """The divergence of the next token in nats at each strength, averaged over the reporting prompts."""
-    reference = _next_token(model, protocol.reporting)
-    found = []
-    for strength in strengths:
-        with steer(model, {layer: direction}, strength=strength):
-            moved = _next_token(model, protocol.reporting)
-        terms = reference.exp() * (reference - moved)
-        found.append(float(torch.where(reference.isinf(), 0, terms).sum(1).clamp_min(0).mean()))
-    return found
-
-
 def _screen(
     model: LanguageModel,
     layer: int,
@@ -373,10 +360,10 @@ def _screen(
     protocol: Protocol,
 ) -> list[Candidate]:
     """How far each candidate raises the probability of the concept's words."""
-    firsts = torch.tensor(sorted(_word_tokens(model, words)), dtype=torch.int64)
-    if not len(firsts) or (len(candidates) == 1 and protocol.both_signs):
+    tokens = torch.tensor(sorted(_word_tokens(model, words)), dtype=torch.int64)
+    if not len(tokens) or (len(candidates) == 1 and protocol.both_signs):
         return [Candidate(index, area) for index, area in candidates]
-    before = _next_token(model, protocol.choosing)[:, firsts].logsumexp(1)
+    before = next_token(model, protocol.choosing)[:, tokens].logsumexp(1)
     considered = []
     for index, area in candidates:
         direction = dictionary.direction(index)
@@ -391,32 +378,19 @@ def _screen(
             batch_size=protocol.batch_size,
         ):
             with steer(model, {layer: direction}, strength=one.strength):
-                after = _next_token(model, protocol.choosing)[:, firsts].logsumexp(1)
+                after = next_token(model, protocol.choosing)[:, tokens].logsumexp(1)
             effects.append((float((after - before).mean()), one.sign))
         considered.append(Candidate(index, area, *max(effects)))
     return considered
 
 
-def _next_token(model: LanguageModel, prompts: Sequence[str]) -> Tensor:
-    """Log-probabilities of the next token, ``[prompts, vocabulary]`` float32 on the CPU."""
-    ids, mask = hooks.pad([model.encode(prompt) for prompt in prompts], side="left", pad_id=model.pad_id)
-    logits = hooks.forward(model, ids, mask, last_only=True).logits[:, -1]
-    return logits.float().log_softmax(-1).cpu()
-
-
 def _word_tokens(model: LanguageModel, words: Sequence[str]) -> set[int]:
-    """The words that are one token inside a sentence, as they are given or with a capital.
+    """The words that are one token behind a space, as they are given or with a capital.
 
     A first token alone would often be another word: " to" of "Tokyo".
     """
-    found = set()
-    for spelling in dict.fromkeys(form for word in words for form in (word, word.capitalize())):
-        ids = model.tokenizer(f" {spelling}", add_special_tokens=False)["input_ids"]
-        # Some tokenizers set the space apart.
-        whole = [int(i) for i in ids if model.token_text(i).strip()]
-        if len(whole) == 1 and whole[0] not in model.special_ids:
-            found.add(whole[0])
-    return found
+    spellings = (form for word in words for form in (word, word.capitalize()))
+    return {word_token(model, form) for form in spellings if is_single_token(model, form)}
 
 
 def _best(cells: Sequence[Cell], scorer: str) -> Cell | None:

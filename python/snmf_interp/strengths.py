@@ -134,7 +134,7 @@ def solve_strengths(
     if batch_size < 1:
         raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
     direction = as_direction(direction)
-    meter = _Meter(model, layer, prompts, positions, batch_size)
+    meter = Meter(model, layer, prompts, positions, batch_size)
     limit = LAST * meter.typical_norm if max_strength is None else max_strength
     first = min(FIRST * meter.typical_norm, limit)
     searches = {sign: Search(targets, first, limit, tolerance) for sign in signs}
@@ -145,25 +145,43 @@ def solve_strengths(
     return [searches[sign].result(target, sign) for sign in signs for target in targets]
 
 
-class _Meter:
-    """Divergence from the unsteered model on fixed prompts."""
+def encode_prompts(model: LanguageModel, prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, attention mask and which are a prompt's own (not padding, not the start token), ``[b, t]`` each.
+
+    Padded on the left.
+
+    Raises:
+        ValueError: no prompt, or one without a token.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts: wanted a list of at least one text, got {prompts!r}")
+    encoded = [model.encode(prompt) for prompt in prompts]
+    n_start = 0 if model.start_token_id is None else 1
+    if empty := [prompt for prompt, ids in zip(prompts, encoded, strict=True) if len(ids) == n_start]:
+        raise ValueError(f"prompts: {empty[0]!r} has no token")
+    ids, mask = hooks.pad(encoded, side="left", pad_id=model.pad_id)
+    # The start token comes first behind the padding.
+    return ids, mask, mask.cumsum(1) > n_start
+
+
+def next_token(model: LanguageModel, prompts: Sequence[str]) -> Tensor:
+    """Log-probabilities of the next token, ``[prompts, vocabulary]`` float32 on the CPU; steering is seen."""
+    ids, mask, _ = encode_prompts(model, prompts)
+    logits: Tensor = hooks.forward(model, ids, mask, last_only=True).logits[:, -1]
+    return logits.float().log_softmax(-1).cpu()
+
+
+class Meter:
+    """Divergence from the unsteered model on fixed prompts; arguments as for :func:`solve_strengths`."""
 
     def __init__(
         self, model: LanguageModel, layer: int, prompts: Sequence[str], positions: str, batch_size: int
     ) -> None:
         if positions not in ("last", "all"):
             raise ValueError(f"positions: wanted 'last' or 'all', got {positions!r}")
-        if isinstance(prompts, str) or not prompts:
-            raise ValueError(f"prompts: wanted a list of at least one text, got {prompts!r}")
         self.model, self.layer, self.batch_size = model, layer, batch_size
         self.last = positions == "last"
-        encoded = [model.encode(prompt) for prompt in prompts]
-        n_start = 0 if model.start_token_id is None else 1
-        if empty := [prompt for prompt, ids in zip(prompts, encoded, strict=True) if len(ids) == n_start]:
-            raise ValueError(f"prompts: {empty[0]!r} has no token")
-        self.ids, self.mask = hooks.pad(encoded, side="left", pad_id=model.pad_id)
-        # The start token comes first behind the padding.
-        self.counted = self.mask.cumsum(1) > n_start
+        self.ids, self.mask, self.counted = encode_prompts(model, prompts)
         self.references: list[Tensor] = []
         norms = []
         for rows in torch.arange(len(prompts)).split(batch_size):
@@ -179,6 +197,8 @@ class _Meter:
 
     def divergences(self, direction: Any, neurons: Any, strengths: Sequence[float]) -> list[float]:
         """The mean divergence over prompts at each strength; not finite where the model's output is not."""
+        if not strengths:
+            return []
         n_prompts = len(self.ids)
         prompt_of = torch.arange(n_prompts).repeat(len(strengths))
         strength_of = torch.tensor(strengths, dtype=torch.float32).repeat_interleave(n_prompts)

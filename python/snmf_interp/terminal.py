@@ -58,10 +58,49 @@ def loader(run: Run, device: str | None) -> Callable[[], LanguageModel]:
 
     @functools.cache
     def load() -> LanguageModel:
-        with waiting(f"loading {run.config['model']['name']}"):
-            return run.load_model(device=device)
+        return loading(run.config["model"]["name"], lambda: run.load_model(device=device))
 
     return load
+
+
+def load_model(
+    name: str,
+    dtype: str = "float32",
+    device: str | None = None,
+    start_token: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """The model that the command line names, with a moving line meanwhile; see :func:`snmf_interp.load_model`.
+
+    Raises:
+        ValueError: ``dtype`` is none that a model runs in.
+    """
+    import torch
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in dtypes:
+        raise ValueError(f"--model-dtype: wanted {', '.join(dtypes)}, got {dtype!r}")
+
+    def load() -> LanguageModel:
+        from . import models
+
+        return models.load_model(
+            name,
+            device=device,
+            dtype=dtypes[dtype],
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            start_token=None if start_token == "none" else start_token,
+        )
+
+    return loading(name, load)
+
+
+def loading(name: str, load: Callable[[], LanguageModel]) -> LanguageModel:
+    """What ``load`` gives, with a moving line meanwhile."""
+    with waiting(f"loading {name}"):
+        return load()
 
 
 def done(screen: Console, what: str, seconds: float | None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import hooks
 from .steering import Intervention, steer
-from .strengths import FIRST, LAST, Search
+from .strengths import FIRST, LAST, Search, encode_prompts, next_token
 
 if TYPE_CHECKING:
     from .models import LanguageModel
@@ -54,14 +54,13 @@ class WordMeter:
         if lacking := [word for word in words if not controls.get(word)]:
             raise ValueError(f"controls: wanted at least one word for each word, got none for {lacking[0]!r}")
         self.model, self.layer, self.batch_size = model, layer, batch_size
-        self.ids, self.mask = _encoded(model, prompts)
+        self.ids, self.mask, own = encode_prompts(model, prompts)
         self.words = torch.tensor([word_token(model, word) for word in words])
         self.controls = [torch.tensor([word_token(model, other) for other in controls[w]]) for w in words]
         with hooks.capture(model, [layer]) as captured:
             logits = self._logits(torch.arange(len(self.ids)), None, None)
         norms = captured[layer].float().norm(dim=-1).reshape(len(self.ids), -1).cpu()
-        n_start = 0 if model.start_token_id is None else 1
-        self.typical_norm = float(norms[self.mask.cumsum(1) > n_start].median()) or 1.0
+        self.typical_norm = float(norms[own].median()) or 1.0
         self.references = logits.log_softmax(-1)
         self.probabilities = self.references.exp()
         self.negative_entropy = torch.special.xlogy(self.probabilities, self.probabilities).sum(-1)
@@ -158,9 +157,7 @@ def matched_words(
     """
     if count < 1:
         raise ValueError(f"count: wanted at least 1 control word, got {count}")
-    ids, mask = _encoded(model, prompts)
-    logits = hooks.forward(model, ids, mask, last_only=True).logits[:, -1].float().cpu()
-    likely = logits.log_softmax(-1).mean(0)
+    likely = next_token(model, prompts).mean(0)
     targets = {word: word_token(model, word) for word in words}
     avoid = [word.lower() for word in words]
     usable: dict[int, str | None] = {}
@@ -301,16 +298,6 @@ def _interpolated(roots: Tensor, shifts: Tensor, goal: float) -> Steered:
     found = torch.where(bracketed[:, None], between, torch.where(reached[:, None], scaled, last))
     error = float(nearest[reached].median()) if bool(reached.any()) else None
     return Steered(roots[nearest_at, rows].square(), reached, found, error)
-
-
-def _encoded(model: LanguageModel, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts: wanted a list of at least one text, got {prompts!r}")
-    encoded = [model.encode(prompt) for prompt in prompts]
-    n_start = 0 if model.start_token_id is None else 1
-    if empty := [prompt for prompt, ids in zip(prompts, encoded, strict=True) if len(ids) == n_start]:
-        raise ValueError(f"prompts: {empty[0]!r} has no token")
-    return hooks.pad(encoded, side="left", pad_id=model.pad_id)
 
 
 def _is_token(model: LanguageModel, word: str, token: int) -> bool:
