@@ -92,11 +92,16 @@ def test_over_the_output_of_the_mlp(family: str, make_model: Any, tmp_path: Path
     model = make_model(family)
     saved = train_autoencoder(torch.randn(16, 200), 4, **OPTIONS | {"steps": 5})
     save_autoencoder(saved, tmp_path / "sae")
-    rival = load_autoencoder(str(tmp_path / "sae"), model, 1)
     ids = torch.tensor([model.encode("the cat sat on the mat")])
     written: list[torch.Tensor] = []
     block = model.block(1)
-    module = getattr(block, "post_feedforward_layernorm", None) or block.mlp
+    norm = getattr(block, "post_feedforward_layernorm", None)
+    if norm is not None:
+        # Its gain is the same for all channels in a new model, and would not be seen.
+        with torch.no_grad():
+            norm.weight.copy_(2 * torch.rand(16, generator=torch.Generator().manual_seed(3)))
+    rival = load_autoencoder(str(tmp_path / "sae"), model, 1)
+    module = norm or block.mlp
     handle = module.register_forward_hook(lambda _module, _inputs, output: written.append(output.detach()))
     with hooks.capture(model, [1]) as captured:
         hooks.forward(model, ids, torch.ones_like(ids))

@@ -184,6 +184,32 @@ class TestPlanted:
 
 
 class TestTrial:
+    def test_held_out_texts_are_not_fitted(
+        self, run: Run, model: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """Neither by the factorisations nor by the autoencoder, which takes the same tokens and scale."""
+        other = Run.collect(tmp_path / "run", model, planted_samples(), "0")
+        seen: list[tuple[torch.Tensor, Any]] = []
+
+        def train(A: torch.Tensor, k: int, **options: Any) -> Any:
+            seen.append((A, options["neuron_scale"]))
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(rivals, "train_autoencoder", train)
+        trial = Trial.open(other, model, replace(PLAN, against=("snmf-raw", "sae")))
+        with pytest.raises(KeyboardInterrupt):
+            trial.rivals(0)
+        store = other.store()
+        ours = store.layer(0)[trial.train[store.samples(0)]]
+        assert 0 < len(ours) < len(store.layer(0))
+        assert torch.equal(seen[0][0], ours.T)
+        for name in ("snmf", "snmf-raw"):
+            factors = snmf_kernels.Factorization.load(trial.folder / "layer_0" / f"{name}.safetensors")
+            assert torch.as_tensor(factors.Y).shape[1] == len(ours)
+            assert (factors.neuron_scale is None) == (name == "snmf-raw")
+            if name == "snmf":
+                assert torch.equal(seen[0][1], torch.as_tensor(factors.neuron_scale))
+
     def test_another_plan_is_refused(self, trial: Trial, run: Run, model: LanguageModel) -> None:
         with pytest.raises(ValueError, match="k = 12, not 6"):
             Trial.open(run, model, replace(PLAN, k=6))
