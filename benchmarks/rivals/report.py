@@ -40,6 +40,23 @@ def interval(value: dict[str, Any] | None) -> str:
     return shown if value["low"] is None else f"{shown} ({value['low']:.2f} to {value['high']:.2f})"
 
 
+def immediate(rows: list[dict[str, Any]]) -> list[str]:
+    """A method a line, a divergence a column."""
+    targets = sorted({row["target"] for row in rows})
+    at = {(row["method"], row["target"]): row for row in rows}
+    lines = [
+        "",
+        "**Next token, all layers**, by divergence aimed at",
+        "",
+        f"| method | {' | '.join(f'{target:g}' for target in targets)} | other concepts |",
+        f"|{'---|' * (len(targets) + 2)}",
+    ]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        shifts = [interval(at[method, target]["shift"]) for target in targets]
+        lines.append(f"| {method} | {' | '.join(shifts)} | {interval(at[method, targets[-1]]['others'])} |")
+    return lines
+
+
 def table() -> str:
     lines = [
         "# SNMF beside other methods",
@@ -48,7 +65,8 @@ def table() -> str:
         "best on the training half. Steering: score (0 to 2, harmonic mean of concept and fluency) above that of "
         "unsteered text, on prompts that nothing was chosen on; *other* is the control, the same texts as texts on "
         "other concepts. "
-        "*Ahead*: SNMF minus the method, paired by concept.",
+        "*Ahead*: SNMF minus the method, paired by concept. Next token: by how much the logits of the concept's words "
+        "rise above those of words that were as likely, under the same directions, on the same prompts.",
     ]
     for model in MODELS:
         report = json.loads((HERE / f"{model}.json").read_text())
@@ -81,6 +99,7 @@ def table() -> str:
                     interval(moved["lead"]) if moved else "",
                 ]
                 lines.append(f"| {' | '.join(cells)} |")
+        lines += immediate(report["immediate"]["all"])
     return "\n".join(lines) + "\n"
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .generation import Continuation, generate
     from .group_effects import InterventionTable, SetEffect, intervention_table
     from .hierarchy import HierarchyState, fit_hierarchy
+    from .immediate import ImmediateEffect, ImmediateMeter
     from .joint import JointOptions
     from .judging import Judgement, Qualification, judge, qualify
     from .labels import Label, label_features
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
     from .text_scoring import JudgeScorer, WordScorer
     from .texts import Sample, read_texts
     from .trees import Description, Tree, build_tree, describe_levels
-    from .trial_report import summarise_steering
+    from .trial_report import summarise_immediate, summarise_steering
     from .word_groups import group_sentences
     from .word_meter import matched_words
 
@@ -76,6 +77,8 @@ __all__ = [
     "Feature",
     "Hierarchy",
     "HierarchyState",
+    "ImmediateEffect",
+    "ImmediateMeter",
     "Intervention",
     "InterventionTable",
     "JointOptions",
@@ -142,6 +145,7 @@ __all__ = [
     "steer",
     "steer_concept",
     "suggest_k",
+    "summarise_immediate",
     "summarise_steering",
     "train_autoencoder",
     "write_report",
@@ -158,6 +162,8 @@ _HOMES = {
     "Feature": "features",
     "Hierarchy": "levels",
     "HierarchyState": "hierarchy",
+    "ImmediateEffect": "immediate",
+    "ImmediateMeter": "immediate",
     "Intervention": "steering",
     "InterventionTable": "group_effects",
     "JointOptions": "joint",
@@ -224,6 +230,7 @@ _HOMES = {
     "steer": "steering",
     "steer_concept": "steering_protocol",
     "suggest_k": "choosing",
+    "summarise_immediate": "trial_report",
     "summarise_steering": "trial_report",
     "train_autoencoder": "autoencoders",
     "write_report": "report",

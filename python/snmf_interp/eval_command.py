@@ -11,25 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from tqdm.auto import tqdm
 
-from . import llm_options, terminal
+from . import llm_options, terminal, trial_tables
 from .arguments import DeviceOption, RunArgument
 from .llm_options import BaseUrlOption, ConcurrencyOption, LlmOption, LocalOption, ParameterOption
 
 if TYPE_CHECKING:
-    from .detecting import DetectionSummary, Interval
+    from .detecting import DetectionSummary
     from .judging import Qualification
     from .models import LanguageModel
     from .rivals import Plan, Trial
     from .runs import Run
     from .steering_protocol import SteeringRecord
     from .text_scoring import Scorer
-    from .trial_report import SteeringSummary
 
 AgainstOption = Annotated[
     str,
@@ -109,7 +106,8 @@ def evaluate(
     Everything is fitted and matched on half of the texts and scored on the other half. To steer, each method's best
     detectors of a concept are added to the neurons' activations, as strongly as moves the next-token distribution by
     seven divergences; what is chosen is chosen on four prompts and reported on four others. A text scores 0 to 2, the
-    harmonic mean of concept and fluency: by words, and by a judge where one is given.
+    harmonic mean of concept and fluency: by words, and by a judge where one is given. Without sampling, the same
+    directions are measured by what they do to the logits of the concept's words, beside words that were as likely.
 
     Writes DIR/eval/report.json and figure.png. The same command goes on where it was stopped.
     """
@@ -143,11 +141,14 @@ def evaluate(
     scorers, qualification = _scorers(trial, llm) if wanted else ([], None)
     detection = _detect(screen, trial, chosen, quiet=as_json)
     records = _steer(trial, chosen, scorers, wanted)
+    with terminal.waiting("reading the next token under each direction"):
+        effects = trial.immediate(records)
     from . import trial_report
 
     report = trial_report.as_json(
         detection,
         records,
+        effects,
         [scorer.name for scorer in scorers],
         {
             "model": model.name,
@@ -164,17 +165,20 @@ def evaluate(
     files.write_json(trial.folder / "report.json", report)
     figure = trial.folder / "figure.png"
     title = f"{model.name}, k = {k}, {len(wanted)} concepts steered to"
-    trial_report.draw(figure, detection, records, scorers[-1].name if scorers else "words", title)
+    trial_report.draw(figure, detection, records, effects, scorers[-1].name if scorers else "words", title)
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
         return
     for scorer in scorers:
         for layer in chosen:
             rows = trial_report.summarise_steering([r for r in records if r.layer == layer], scorer.name)
-            _show_steering(screen, f"Steering at layer {layer}, scored by {scorer.name}", rows)
+            trial_tables.show_steering(screen, f"Steering at layer {layer}, scored by {scorer.name}", rows)
         if len(chosen) > 1:
             title = f"Steering at layers {', '.join(map(str, chosen))} together, scored by {scorer.name}"
-            _show_steering(screen, title, trial_report.summarise_steering(records, scorer.name))
+            trial_tables.show_steering(screen, title, trial_report.summarise_steering(records, scorer.name))
+    if at_once := trial_report.summarise_immediate(records, effects):
+        title = f"Next token under the same directions, layers {', '.join(map(str, chosen))}"
+        trial_tables.show_immediate(screen, title, at_once)
     screen.print(Text(f"\nAll of it: {trial.folder / 'report.json'}, {figure}", style="dim"), soft_wrap=True)
 
 
@@ -332,7 +336,7 @@ def _detect(
         with terminal.waiting(f"layer {layer}: fitting and detecting"):
             found[layer] = summarise(trial.detect(layer))
         if not quiet:
-            _show_detection(screen, trial, layer, found[layer])
+            trial_tables.show_detection(screen, trial, layer, found[layer])
     return found
 
 
@@ -389,93 +393,3 @@ def _written(
             "scores": dict(zip(map(str, result.index.tolist()), result.scores.tolist(), strict=True)),
         }
     return found
-
-
-def _show_detection(screen: Console, trial: Trial, layer: int, rows: Sequence[DetectionSummary]) -> None:
-    held_out = sum(
-        label is not None and not chosen
-        for label, chosen in zip(trial.labels, trial.train.tolist(), strict=True)
-    )
-    screen.print(Text(f"\nDetection at layer {layer}\n", style="bold"))
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column("method, choices", no_wrap=True)
-    for name in ("AUROC", "hard AUROC", "probe", "S_CD > 0", f"{rows[0].method} is ahead"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            f"{row.method}, {row.size:,}",
-            _interval(row.auroc),
-            _interval(row.hard_auroc),
-            _interval(row.probe_accuracy),
-            f"{row.detected.value:.0%}",
-            _lead(row.lead),
-        )
-    screen.print(table)
-    screen.print(
-        Text(
-            f"means over concepts, 95 % intervals over them; {held_out} held-out texts. AUROC and probe: 0.5 is "
-            "chance. Hard: against the texts of other concepts that share most words. Choices: directions among "
-            "which each concept takes its best on the training texts",
-            style="dim",
-        )
-    )
-
-
-def _show_steering(screen: Console, title: str, rows: Sequence[SteeringSummary]) -> None:
-    screen.print(Text(f"\n{title}\n", style="bold"))
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column("method")
-    for name in (
-        "score above unsteered",
-        "other concepts",
-        "concept",
-        "fluency",
-        "KL",
-        f"{rows[0].method} is ahead by",
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row.method,
-            _interval(row.gain),
-            "–" if row.permuted.value != row.permuted.value else f"{row.permuted.value:+.2f}",
-            f"{row.concept:.2f}",
-            f"{row.fluency:.2f}",
-            f"{row.kl:.2f}",
-            _lead(row.lead),
-        )
-    screen.print(table)
-    missing = max(row.missing for row in rows)
-    line = (
-        f"{rows[0].n} pairs of concept and layer, 95 % intervals over concepts; scores are 0 to 2. Other concepts: the "
-        "control, the same texts scored for all concepts that were not steered to"
-    )
-    if rows[0].dropped:
-        line += f". {rows[0].dropped} pairs are left out, which some method lacks or could not be scored on"
-    if missing:
-        line += f". Up to {missing:.0%} of a method's texts have no score"
-    screen.print(Text(line, style="dim"))
-
-
-def _interval(value: Interval) -> Text:
-    """The mean, and its interval in grey: ``0.77 .73–.81``; with signs where one is negative."""
-    if value.value != value.value:
-        return Text("–")
-    text = Text(f"{value.value:.2f}".replace("-", "−"))
-    if value.low == value.low:
-        low, high = _short(value.low), _short(value.high)
-        text.append(f" {low}–{high}" if value.low >= 0 else f" {low} to {high}", style="dim")
-    return text
-
-
-def _short(number: float) -> str:
-    return f"{number:.2f}".replace("0.", ".", 1).replace("-", "−")
-
-
-def _lead(value: Interval | None) -> Text:
-    """In colour where the interval excludes 0."""
-    if value is None or value.value != value.value:
-        return Text("")
-    text = Text(_interval(value).plain)
-    text.stylize("green" if value.low > 0 else "red" if value.high < 0 else "")
-    return text

@@ -14,10 +14,12 @@ in ``DIR/eval`` and is not done again:
     layer_6/sae-10/                  an autoencoder, as SAELens writes it
     layer_6/matches.json             each method's best detectors of each concept, and how it detects
     layer_6/steering/METHOD/CONCEPT.json
+    layer_6/immediate/METHOD/CONCEPT.json
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +39,8 @@ from .detecting import ConceptDetection, detect_concepts, hard_negatives
 from .dictionaries import NeuronDictionary, difference_of_means, features, random_groups
 from .evaluation import auroc, shuffle_labels, split_texts
 from .generation import Continuation
+from .immediate import VERSION as IMMEDIATE_VERSION
+from .immediate import ImmediateEffect, ImmediateMeter, Vocabulary
 from .steering_protocol import Protocol, SteeringRecord, Unsteered, record_from_json, steer_concept, unsteered
 from .text_scoring import Scorer, concept_words
 from .texts import read_texts
@@ -298,6 +302,47 @@ class Trial:
                 done.parent.mkdir(parents=True, exist_ok=True)
                 files.write_json(done, asdict(record))
                 yield record
+
+    def immediate(self, records: Sequence[SteeringRecord]) -> list[tuple[ImmediateEffect, ...]]:
+        """What the directions of steering records do to the next token, without sampling; see :class:`ImmediateMeter`.
+
+        The words of the concepts that the records steer to are watched under all of them.
+
+        Args:
+            records: from :meth:`steer`, of any layers.
+
+        Returns:
+            The effects of each record in its place; none where no word of its concept is a single token.
+        """
+        protocol = self.plan.protocol
+        watched = {name: self.words.get(name, ()) for name in sorted({record.concept for record in records})}
+        vocabulary = Vocabulary.of(self.model, watched, [*protocol.choosing, *protocol.reporting])
+        if not vocabulary.words:
+            return [() for _ in records]
+        digest = hashlib.sha256(repr(vocabulary).encode()).hexdigest()[:16]
+        meters: dict[int, ImmediateMeter] = {}
+        found = []
+        for record in records:
+            folder = self.folder / f"layer_{record.layer}"
+            done = folder / "immediate" / record.method / f"{record.concept}.json"
+            strengths = [cell.strength for cell in record.cells]
+            made_by = {
+                "version": IMMEDIATE_VERSION,
+                "words": digest,
+                "direction": record.chosen,
+                "strengths": strengths,
+            }
+            there = files.read_json(done) if done.is_file() else {}
+            if there.get("made_by") != made_by:
+                if record.layer not in meters:
+                    meters[record.layer] = ImmediateMeter(self.model, record.layer, vocabulary, protocol)
+                rival = next(one for one in self.rivals(record.layer) if one.name == record.method)
+                effects = meters[record.layer].measure(record, rival.direction(record.chosen))
+                there = {"made_by": made_by, "effects": [asdict(effect) for effect in effects]}
+                done.parent.mkdir(parents=True, exist_ok=True)
+                files.write_json(done, there)
+            found.append(tuple(ImmediateEffect(**effect) for effect in there["effects"]))
+        return found
 
     @cached_property
     def plain(self) -> Unsteered:

@@ -23,7 +23,7 @@ from .generation import Continuation, generate
 from .steering import Intervention, steer
 from .strengths import KL_TARGETS, PROMPTS, Meter, next_token, solve_strengths
 from .text_scoring import Scorer, TextScore, mean_score
-from .word_meter import is_single_token, word_token
+from .word_meter import single_tokens, word_token
 
 if TYPE_CHECKING:
     from .dictionaries import Dictionary
@@ -360,7 +360,9 @@ def _screen(
     protocol: Protocol,
 ) -> list[Candidate]:
     """How far each candidate raises the probability of the concept's words."""
-    tokens = torch.tensor(sorted(_word_tokens(model, words)), dtype=torch.int64)
+    tokens = torch.tensor(
+        sorted(word_token(model, form) for form in single_tokens(model, words)), dtype=torch.int64
+    )
     if not len(tokens) or (len(candidates) == 1 and protocol.both_signs):
         return [Candidate(index, area) for index, area in candidates]
     before = next_token(model, protocol.choosing)[:, tokens].logsumexp(1)
@@ -382,15 +384,6 @@ def _screen(
             effects.append((float((after - before).mean()), one.sign))
         considered.append(Candidate(index, area, *max(effects)))
     return considered
-
-
-def _word_tokens(model: LanguageModel, words: Sequence[str]) -> set[int]:
-    """The words that are one token behind a space, as they are given or with a capital.
-
-    A first token alone would often be another word: " to" of "Tokyo".
-    """
-    spellings = (form for word in words for form in (word, word.capitalize()))
-    return {word_token(model, form) for form in spellings if is_single_token(model, form)}
 
 
 def _best(cells: Sequence[Cell], scorer: str) -> Cell | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -13,7 +14,10 @@ from . import files
 from .detecting import DetectionSummary, Interval
 
 if TYPE_CHECKING:
-    from .steering_protocol import Outcome, SteeringRecord
+    from .immediate import ImmediateEffect
+    from .steering_protocol import SteeringRecord
+
+T = TypeVar("T")
 
 # Colours that people with any colour vision tell apart (Okabe & Ito), SNMF's first.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
@@ -47,6 +51,28 @@ class SteeringSummary:
     missing: float
 
 
+@dataclass(frozen=True)
+class ImmediateSummary:
+    """One method at one divergence; means over concepts as in :class:`SteeringSummary`.
+
+    Attributes:
+        method: its name.
+        target: the divergence aimed at, in nats.
+        n: pairs of concept and layer.
+        shift, others, log_probability, kl: see :class:`snmf_interp.ImmediateEffect`.
+        lead: by how much the first method's shift is above this one's, paired by concept; None for the first.
+    """
+
+    method: str
+    target: float
+    n: int
+    shift: Interval
+    others: Interval
+    log_probability: Interval
+    kl: float
+    lead: Interval | None
+
+
 def summarise_steering(
     records: Sequence[SteeringRecord], scorer: str = "words", *, confidence: float = 0.95
 ) -> list[SteeringSummary]:
@@ -58,25 +84,19 @@ def summarise_steering(
         scorer: whose scores.
         confidence: of the intervals.
     """
+    shared = _shared(
+        records,
+        [
+            outcome
+            if (outcome := record.results.get(scorer)) is not None and outcome.gain is not None
+            else None
+            for record in records
+        ],
+    )
     methods = list(dict.fromkeys(record.method for record in records))
-    found: dict[tuple[int, str], dict[str, Outcome]] = {}
-    for record in records:
-        outcome = record.results.get(scorer)
-        if outcome is not None and outcome.gain is not None:
-            found.setdefault((record.layer, record.concept), {})[record.method] = outcome
-    shared = {pair: outcomes for pair, outcomes in found.items() if len(outcomes) == len(methods)}
-    concepts = sorted({concept for _, concept in shared})
 
     def by_concept(method: str, name: str) -> torch.Tensor:
-        means = []
-        for concept in concepts:
-            values = [
-                value
-                for (_, other), outcomes in shared.items()
-                if other == concept and (value := getattr(outcomes[method], name)) is not None
-            ]
-            means.append(sum(values) / len(values) if values else float("nan"))
-        return torch.tensor(means, dtype=torch.float64)
+        return _by_concept(shared, method, attrgetter(name))
 
     rows = []
     for method in methods:
@@ -98,6 +118,72 @@ def summarise_steering(
             )
         )
     return rows
+
+
+def summarise_immediate(
+    records: Sequence[SteeringRecord],
+    effects: Sequence[Sequence[ImmediateEffect]],
+    *,
+    confidence: float = 0.95,
+) -> list[ImmediateSummary]:
+    """A row for each method and divergence, with bootstrap intervals over concepts.
+
+    Args:
+        records: of one layer or several.
+        effects: of each record in its place, see :meth:`snmf_interp.Trial.immediate`. Pairs of layer and concept
+            that some method lacks are left out.
+        confidence: of the intervals.
+    """
+    methods = list(dict.fromkeys(record.method for record in records))
+    rows = []
+    for target in sorted({one.target for own in effects for one in own}):
+        shared = _shared(records, [next((e for e in own if e.target == target), None) for own in effects])
+        first = _by_concept(shared, methods[0], attrgetter("shift"))
+        for method in methods:
+            shift, others, log_probability, kl = (
+                _by_concept(shared, method, attrgetter(name))
+                for name in ("shift", "others", "log_probability", "kl")
+            )
+            lead = None if method == methods[0] else Interval.of(first - shift, confidence=confidence)
+            row = ImmediateSummary(
+                method,
+                target,
+                len(shared),
+                Interval.of(shift, confidence=confidence),
+                Interval.of(others, confidence=confidence),
+                Interval.of(log_probability, confidence=confidence),
+                float(kl.nanmean()),
+                lead,
+            )
+            rows.append(row)
+    return rows
+
+
+def _shared(
+    records: Sequence[SteeringRecord], values: Sequence[T | None]
+) -> dict[tuple[int, str], dict[str, T]]:
+    """The records' values by layer and concept and then method, where every method has one."""
+    found: dict[tuple[int, str], dict[str, T]] = {}
+    for record, value in zip(records, values, strict=True):
+        if value is not None:
+            found.setdefault((record.layer, record.concept), {})[record.method] = value
+    methods = len({record.method for record in records})
+    return {pair: own for pair, own in found.items() if len(own) == methods}
+
+
+def _by_concept(
+    shared: Mapping[tuple[int, str], Mapping[str, T]], method: str, read: Callable[[T], float | None]
+) -> torch.Tensor:
+    """A method's number for each concept, the mean over its layers, ``[concepts]`` float64; NaN where it has none."""
+    means = []
+    for concept in sorted({concept for _, concept in shared}):
+        values = [
+            value
+            for (_, other), own in shared.items()
+            if other == concept and (value := read(own[method])) is not None
+        ]
+        means.append(sum(values) / len(values) if values else float("nan"))
+    return torch.tensor(means, dtype=torch.float64)
 
 
 def _missing(records: Sequence[SteeringRecord], scorer: str) -> float:
@@ -122,9 +208,18 @@ def curves(records: Sequence[SteeringRecord], scorer: str = "words") -> dict[str
     }
 
 
+def of_layer(
+    records: Sequence[SteeringRecord], effects: Sequence[Sequence[ImmediateEffect]], layer: int
+) -> tuple[list[SteeringRecord], list[Sequence[ImmediateEffect]]]:
+    """One layer's records and their effects."""
+    chosen = [i for i, record in enumerate(records) if record.layer == layer]
+    return [records[i] for i in chosen], [effects[i] for i in chosen]
+
+
 def as_json(
     detection: Mapping[int, Sequence[DetectionSummary]],
     records: Sequence[SteeringRecord],
+    effects: Sequence[Sequence[ImmediateEffect]],
     scorers: Sequence[str],
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -133,6 +228,7 @@ def as_json(
     Args:
         detection: rows by layer.
         records: of all layers.
+        effects: of each record in its place, on the next token.
         scorers: the scorers' names.
         facts: what else the file should say: the plan, the model, versions.
     """
@@ -152,8 +248,9 @@ def as_json(
                 {"target": c.target, "sign": c.sign, "kl": c.kl, "reached": c.reached, "scores": c.scores}
                 for c in record.cells
             ],
+            "immediate": [asdict(effect) for effect in own],
         }
-        for record in records
+        for record, own in zip(records, effects, strict=True)
     ]
     steering = {
         scorer: {
@@ -173,6 +270,13 @@ def as_json(
         **facts,
         "detection": {str(layer): [asdict(row) for row in rows] for layer, rows in detection.items()},
         "steering": steering,
+        "immediate": {
+            "layers": {
+                str(layer): [asdict(row) for row in summarise_immediate(*of_layer(records, effects, layer))]
+                for layer in layers
+            },
+            "all": [asdict(row) for row in summarise_immediate(records, effects)],
+        },
         "pairs": pairs,
     }
     finite: dict[str, Any] = files.finite(content)
@@ -183,10 +287,11 @@ def draw(
     path: Path,
     detection: Mapping[int, Sequence[DetectionSummary]],
     records: Sequence[SteeringRecord],
+    effects: Sequence[Sequence[ImmediateEffect]],
     scorer: str,
     title: str,
 ) -> None:
-    """A PNG: detection and steering of each method with intervals, layer by layer, and scores by divergence."""
+    """A PNG: detection and steering of each method with intervals, layer by layer; scores and the words' rise by KL."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -198,7 +303,7 @@ def draw(
     }
     methods = list(dict.fromkeys(row.method for rows in detection.values() for row in rows))
     colour = {method: _COLOURS[i % len(_COLOURS)] for i, method in enumerate(methods)}
-    panels = 3 if records else 1
+    panels = 4 if records else 1
     figure, axes = pyplot.subplots(
         1,
         panels,
@@ -229,13 +334,19 @@ def draw(
     if records:
         intervals(axes[0, 1], by_layer, "gain", f"steering: score above unsteered ({scorer})")
         axes[0, 1].axvline(0, color="0.6", linewidth=0.8)
-        for method, points in curves(records, scorer).items():
-            axes[0, 2].plot(
-                list(points), list(points.values()), "o-", color=colour[method], markersize=3.5, label=method
-            )
-        axes[0, 2].set_xlabel("divergence aimed at (nats)")
-        axes[0, 2].set_ylabel("mean score, choosing half")
-        axes[0, 2].grid(alpha=0.3)
+        shifts: dict[str, dict[float, float]] = {}
+        for row in summarise_immediate(records, effects):
+            shifts.setdefault(row.method, {})[row.target] = row.shift.value
+        for axis, lines, label in (
+            (axes[0, 2], curves(records, scorer), "mean score, choosing half"),
+            (axes[0, 3], shifts, "next token: logit of the concept's words\nabove words as likely"),
+        ):
+            for method, points in lines.items():
+                x, y = list(points), list(points.values())
+                axis.plot(x, y, "o-", color=colour[method], markersize=3.5, label=method)
+            axis.set_xlabel("divergence aimed at (nats)")
+            axis.set_ylabel(label)
+            axis.grid(alpha=0.3)
         axes[0, 2].legend(fontsize=7)
     figure.suptitle(title, fontsize=10)
     with files.replacing(path) as temporary:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,20 @@ _NEAR = 0.1
 _PASSES = 4
 # How much a pass may change a strength.
 _STEP = 8.0
+
+
+class Measured(NamedTuple):
+    """What directions do to the next token, averaged over a meter's prompts.
+
+    Attributes:
+        kl: divergence from the unsteered model, ``[r]`` float64 nats.
+        shifts: of each word the change of its logit, less the mean change of its controls', ``[r, words]`` float64.
+        log_probability: of each word the change of its log-probability, ``[r, words]`` float64 nats.
+    """
+
+    kl: Tensor
+    shifts: Tensor
+    log_probability: Tensor
 
 
 class WordMeter:
@@ -67,8 +81,8 @@ class WordMeter:
         self.before = self._relative(logits)
         self.log_probability = self.references[:, self.words].mean(0)
 
-    def measure(self, directions: Tensor, strengths: Tensor) -> tuple[Tensor, Tensor]:
-        """The divergence ``[r]``, float64 nats, and the words' relative shifts ``[r, words]`` in logits.
+    def measure(self, directions: Tensor, strengths: Tensor) -> Measured:
+        """What the model does under each direction at its strength.
 
         Args:
             directions: ``[r, d_mlp]``.
@@ -80,6 +94,7 @@ class WordMeter:
         prompt_of, row_of = order.repeat_interleave(count), torch.arange(count).repeat(n_prompts)
         kl = torch.zeros(count, dtype=torch.float64)
         shifts = torch.zeros(count, len(self.words), dtype=torch.float64)
+        log_probability = torch.zeros_like(shifts)
         for prompts, rows in zip(
             prompt_of.split(self.batch_size), row_of.split(self.batch_size), strict=True
         ):
@@ -87,7 +102,10 @@ class WordMeter:
             kl.index_add_(0, rows, self._divergence(logits, prompts) / n_prompts)
             change = self._relative(logits) - self.before[prompts]
             shifts.index_add_(0, rows, change.double() / n_prompts)
-        return kl, shifts
+            rise = logits[:, self.words] - logits.logsumexp(-1, keepdim=True)
+            rise -= self.references[prompts][:, self.words]
+            log_probability.index_add_(0, rows, rise.double() / n_prompts)
+        return Measured(kl, shifts, log_probability)
 
     def _logits(self, prompts: Tensor, directions: Tensor | None, strengths: Tensor | None) -> Tensor:
         """Of the next token ``[b, vocabulary]``, float32 on the CPU."""
@@ -138,6 +156,15 @@ def is_single_token(model: LanguageModel, word: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def single_tokens(model: LanguageModel, words: Sequence[str]) -> tuple[str, ...]:
+    """The words that are one token behind a space, as they are given or with a capital.
+
+    A first token alone would often be another word: " to" of "Tokyo".
+    """
+    spellings = dict.fromkeys(form for word in words for form in (word, word.capitalize()))
+    return tuple(form for form in spellings if is_single_token(model, form))
 
 
 def matched_words(
@@ -200,8 +227,8 @@ def solve_each(
     ]
     while wanted := [(i, alpha) for i, search in enumerate(searches) for alpha in search.proposals()]:
         rows = torch.stack([directions[i] for i, _ in wanted])
-        divergence, shifts = meter.measure(rows, torch.tensor([alpha for _, alpha in wanted]))
-        for (i, alpha), value, shift in zip(wanted, divergence.tolist(), shifts, strict=True):
+        found = meter.measure(rows, torch.tensor([alpha for _, alpha in wanted]))
+        for (i, alpha), value, shift in zip(wanted, found.kl.tolist(), found.shifts, strict=True):
             searches[i].record(alpha, value)
             seen[i][alpha] = shift
     results = [search.result(kl, 1) for search in searches]
@@ -244,7 +271,7 @@ def steer_to(meter: WordMeter, directions: Tensor, kl: float, start: float) -> S
     shifts = [torch.zeros(count, len(meter.words), dtype=torch.float64)]
     open_rows = torch.arange(count)
     for _ in range(_PASSES):
-        divergence, change = meter.measure(directions[open_rows], alphas[open_rows])
+        divergence, change, _ = meter.measure(directions[open_rows], alphas[open_rows])
         divergence = torch.where(divergence.isfinite(), divergence, 0)
         root, strength, shift = roots[-1].clone(), strengths[-1].clone(), shifts[-1].clone()
         root[open_rows], strength[open_rows], shift[open_rows] = divergence.sqrt(), alphas[open_rows], change

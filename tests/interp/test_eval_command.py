@@ -51,6 +51,7 @@ def run(folder: Path) -> Path:
     assert "Detection at layer 0" in result.stdout
     assert "Steering at layer 0, scored by words" in result.stdout
     assert "2 pairs of concept and layer" in result.stdout
+    assert "Next token under the same directions" in result.stdout
     return folder / "run"
 
 
@@ -59,6 +60,7 @@ def test_what_is_written(run: Path) -> None:
     assert [row["method"] for row in report["detection"]["0"]] == ["snmf", "diffmeans", "random", "permuted"]
     assert [row["method"] for row in report["steering"]["words"]["all"]] == ["snmf", "diffmeans", "random"]
     assert len(report["pairs"]) == 6
+    assert {row["n"] for row in report["immediate"]["layers"]["0"]} == {2}
     assert report["plan"]["protocol"]["report_samples"] == 2
     assert report["concepts"] == ["days", "weather"]
     assert (run / "eval" / "figure.png").read_bytes()[:4] == b"\x89PNG"

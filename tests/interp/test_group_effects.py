@@ -107,9 +107,10 @@ def test_without_a_core(planted: tuple[LanguageModel, Tensor]) -> None:
 
 def naive(
     model: LanguageModel, z: Tensor, alpha: float, words: list[str], controls: Any
-) -> tuple[float, list[float]]:
-    """Divergence and shifts, a prompt at a time and in double precision."""
+) -> tuple[float, list[float], list[float]]:
+    """Divergence, shifts and changes of log-probability, a prompt at a time and in double precision."""
     kl, shifts = 0.0, torch.zeros(len(words)).double()
+    rises = torch.zeros_like(shifts)
     index = VOCABULARY.index
     for prompt in PROMPTS:
         ids = torch.tensor([model.encode(prompt)])
@@ -122,7 +123,8 @@ def naive(
         own = torch.stack([change[index(word)] for word in words])
         other = torch.stack([change[[index(w) for w in controls[word]]].mean() for word in words])
         shifts += (own - other) / len(PROMPTS)
-    return kl, shifts.tolist()
+        rises += torch.stack([(q - p)[index(word)] for word in words]) / len(PROMPTS)
+    return kl, shifts.tolist(), rises.tolist()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
@@ -133,11 +135,13 @@ def test_meter(family: str, batch_size: int, make_model: Maker) -> None:
     width = model.d_mlp(1)
     directions = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
     strengths = torch.tensor([0.5, 3.0, -3.0, 8.0])
-    kl, shifts = WordMeter(model, 1, PROMPTS, words, controls, batch_size).measure(directions, strengths)
+    meter = WordMeter(model, 1, PROMPTS, words, controls, batch_size)
+    kl, shifts, log_probability = meter.measure(directions, strengths)
     for i in range(4):
-        expected_kl, expected = naive(model, directions[i], float(strengths[i]), words, controls)
+        expected_kl, expected, rises = naive(model, directions[i], float(strengths[i]), words, controls)
         assert float(kl[i]) == pytest.approx(expected_kl, rel=1e-3, abs=1e-5)
         assert shifts[i].tolist() == pytest.approx(expected, rel=1e-3, abs=1e-4)
+        assert log_probability[i].tolist() == pytest.approx(rises, rel=1e-3, abs=1e-4)
 
 
 def test_strengths_are_those_of_the_solver(make_model: Maker) -> None:

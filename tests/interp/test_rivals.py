@@ -13,7 +13,16 @@ import pytest
 import torch
 
 import snmf_kernels
-from snmf_interp import Judgement, LanguageModel, Sample, rivals, split_texts, steering_protocol
+from snmf_interp import (
+    Judgement,
+    LanguageModel,
+    Sample,
+    hooks,
+    rivals,
+    split_texts,
+    steer,
+    steering_protocol,
+)
 from snmf_interp.detecting import Interval, detect_concepts, hard_negatives, summarise
 from snmf_interp.dictionaries import (
     NeuronDictionary,
@@ -24,12 +33,15 @@ from snmf_interp.dictionaries import (
 )
 from snmf_interp.evaluation import best_neurons, halves
 from snmf_interp.generation import Continuation
+from snmf_interp.immediate import CONTROLS
 from snmf_interp.rivals import Plan, Trial, bundled_words
 from snmf_interp.runs import Run
 from snmf_interp.steering_protocol import Protocol, SteeringRecord, record_from_json
 from snmf_interp.text_scoring import WordScore, WordScorer, concept_words
-from snmf_interp.trial_report import as_json, curves, draw, summarise_steering
+from snmf_interp.trial_report import as_json, curves, draw, summarise_immediate, summarise_steering
+from snmf_interp.word_meter import matched_words, single_tokens
 
+from .conftest import VOCABULARY
 from .planted_model import CONCEPTS, NEURONS, WIDTH, planted_model, planted_samples
 
 PROTOCOL = Protocol(
@@ -170,15 +182,88 @@ class TestPlanted:
         (record,) = Trial.open(other, model, plan).steer(0, [Words()], ("days",))
         assert {cell.sign for cell in record.cells} == {1}
 
+    def test_the_next_token(self, trial: Trial, records: list[SteeringRecord]) -> None:
+        """The concept's words rise under its group, those of the others do not, and chance moves neither as far."""
+        rows = {
+            (row.method, row.target): row for row in summarise_immediate(records, trial.immediate(records))
+        }
+        assert {target for _, target in rows} == set(PROTOCOL.targets)
+        for target in PROTOCOL.targets:
+            ours, chance = rows["snmf", target], rows["random", target]
+            assert ours.n == 3
+            assert ours.shift.low > 0
+            assert ours.log_probability.low > 0
+            assert ours.others.value < 0.1 * ours.shift.value
+            assert 0.2 * target < ours.kl < 5 * target
+            assert chance.lead is not None
+            assert chance.lead.value == pytest.approx(ours.shift.value - chance.shift.value)
+            assert chance.lead.low > 0
+        assert rows["snmf", 0.8].shift.value > rows["snmf", 0.2].shift.value
+
+    def test_the_next_token_is_that_of_the_reporting_prompts(
+        self, trial: Trial, records: list[SteeringRecord]
+    ) -> None:
+        """Computed anew with whole forward passes."""
+        record = next(one for one in records if one.method == "snmf")
+        (effects,) = trial.immediate([record])
+        cell = next(one for one in record.cells if (one.target, one.sign) == (0.8, 1))
+        direction = trial.rivals(0)[0].direction(record.chosen)
+        own = [VOCABULARY.index(word) for word in CONCEPTS[record.concept]]
+        controls = matched_words(
+            trial.model, CONCEPTS[record.concept], [*PROTOCOL.choosing, *PROTOCOL.reporting], CONTROLS
+        )
+        shifts, rises = [], []
+        for prompt in PROTOCOL.reporting:
+            ids = torch.tensor([trial.model.encode(prompt)])
+            before = hooks.forward(trial.model, ids, torch.ones_like(ids)).logits[0, -1]
+            with steer(trial.model, {0: direction}, strength=cell.strength):
+                after = hooks.forward(trial.model, ids, torch.ones_like(ids)).logits[0, -1]
+            change = after - before
+            for word, token in zip(CONCEPTS[record.concept], own, strict=True):
+                others = [VOCABULARY.index(other) for other in controls[word]]
+                shifts.append(float(change[token] - change[others].mean()))
+                rises.append(float((after.log_softmax(0) - before.log_softmax(0))[token]))
+        effect = effects[-1]
+        assert (effect.target, effect.sign, effect.others) == (0.8, 1, None)
+        assert effect.shift == pytest.approx(sum(shifts) / len(shifts), rel=1e-3)
+        assert effect.log_probability == pytest.approx(sum(rises) / len(rises), rel=1e-3)
+
+    def test_the_next_token_is_read_once(
+        self, trial: Trial, records: list[SteeringRecord], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found = trial.immediate(records)
+        with monkeypatch.context() as patch:
+            patch.setattr(rivals, "ImmediateMeter", lambda *_: pytest.fail("read again"))
+            assert trial.immediate(records) == found
+        # Other strengths are other effects.
+        record = records[0]
+        cells = tuple(replace(cell, strength=cell.strength / 2) for cell in record.cells)
+        (weaker, *_) = trial.immediate([replace(record, cells=cells), *records[1:]])
+        assert weaker[0].kl < found[0][0].kl
+
+    def test_words_of_several_tokens_are_not_read(
+        self, trial: Trial, records: list[SteeringRecord], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(trial, "words", {"days": ("no-token",), "weather": ("rain", "no-token")})
+        some = [one for one in records if one.method == "snmf" and one.concept in ("days", "weather")]
+        days, weather = trial.immediate(some)
+        assert (len(days), len(weather)) == (0, len(PROTOCOL.targets))
+        assert trial.immediate([one for one in some if one.concept == "days"]) == [()]
+        rows = summarise_immediate(some, [days, weather])
+        assert {row.n for row in rows} == {1}
+        assert summarise_immediate(some, [(), ()]) == []
+
     def test_the_report(self, trial: Trial, records: list[SteeringRecord], tmp_path: Path) -> None:
         detection = {0: summarise(trial.detect(0))}
-        content = as_json(detection, records, ["words"], {"model": "planted"})
+        effects = trial.immediate(records)
+        content = as_json(detection, records, effects, ["words"], {"model": "planted"})
         json.dumps(content, allow_nan=False)
         assert len(content["pairs"]) == len(records) == 12
         assert content["steering"]["words"]["all"][0]["method"] == "snmf"
+        assert len(content["immediate"]["all"]) == 4 * len(PROTOCOL.targets)
         assert set(curves(records)["snmf"]) == set(PROTOCOL.targets)
-        draw(tmp_path / "figure.png", detection, records, "words", "a title")
-        draw(tmp_path / "detection.png", detection, [], "words", "a title")
+        draw(tmp_path / "figure.png", detection, records, effects, "words", "a title")
+        draw(tmp_path / "detection.png", detection, [], [], "words", "a title")
         assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
         assert not list(tmp_path.glob(".*"))
 
@@ -490,10 +575,7 @@ class TestProtocol:
 
     def test_words_of_one_token(self, make_model: Any) -> None:
         """Each token of "Monday" is one word here; unknown ones are none."""
-        from .conftest import VOCABULARY
-
-        found = steering_protocol._word_tokens(make_model(), ["monday", "cat", "tokyo"])
-        assert {VOCABULARY[i] for i in found} == {"Monday", "cat"}
+        assert single_tokens(make_model(), ["monday", "cat", "tokyo", "Monday"]) == ("Monday", "cat")
 
     def test_steered_texts_meet_the_same_noise(self, model: LanguageModel) -> None:
         plain = [one for row in PROTOCOL.texts(model, PROTOCOL.choosing, 2) for one in row]

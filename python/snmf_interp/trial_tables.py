@@ -1,0 +1,139 @@
+"""Tables of a comparison for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .detecting import DetectionSummary, Interval
+    from .rivals import Trial
+    from .trial_report import ImmediateSummary, SteeringSummary
+
+
+def show_detection(screen: Console, trial: Trial, layer: int, rows: Sequence[DetectionSummary]) -> None:
+    held_out = sum(
+        label is not None and not chosen
+        for label, chosen in zip(trial.labels, trial.train.tolist(), strict=True)
+    )
+    screen.print(Text(f"\nDetection at layer {layer}\n", style="bold"))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("method, choices", no_wrap=True)
+    for name in ("AUROC", "hard AUROC", "probe", "S_CD > 0", f"{rows[0].method} is ahead"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            f"{row.method}, {row.size:,}",
+            _interval(row.auroc),
+            _interval(row.hard_auroc),
+            _interval(row.probe_accuracy),
+            f"{row.detected.value:.0%}",
+            _lead(row.lead),
+        )
+    screen.print(table)
+    screen.print(
+        Text(
+            f"means over concepts, 95 % intervals over them; {held_out} held-out texts. AUROC and probe: 0.5 is "
+            "chance. Hard: against the texts of other concepts that share most words. Choices: directions among "
+            "which each concept takes its best on the training texts",
+            style="dim",
+        )
+    )
+
+
+def show_steering(screen: Console, title: str, rows: Sequence[SteeringSummary]) -> None:
+    screen.print(Text(f"\n{title}\n", style="bold"))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("method")
+    for name in (
+        "score above unsteered",
+        "other concepts",
+        "concept",
+        "fluency",
+        "KL",
+        f"{rows[0].method} is ahead by",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.method,
+            _interval(row.gain),
+            _signed(row.permuted.value),
+            f"{row.concept:.2f}",
+            f"{row.fluency:.2f}",
+            f"{row.kl:.2f}",
+            _lead(row.lead),
+        )
+    screen.print(table)
+    missing = max(row.missing for row in rows)
+    line = (
+        f"{rows[0].n} pairs of concept and layer, 95 % intervals over concepts; scores are 0 to 2. Other concepts: the "
+        "control, the same texts scored for all concepts that were not steered to"
+    )
+    if rows[0].dropped:
+        line += f". {rows[0].dropped} pairs are left out, which some method lacks or could not be scored on"
+    if missing:
+        line += f". Up to {missing:.0%} of a method's texts have no score"
+    screen.print(Text(line, style="dim"))
+
+
+def show_immediate(screen: Console, title: str, rows: Sequence[ImmediateSummary]) -> None:
+    """A method a line, a divergence a column; grey where the interval holds 0."""
+    screen.print(Text(f"\n{title}\n", style="bold"))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("method")
+    targets = sorted({row.target for row in rows})
+    for target in targets:
+        table.add_column(f"{target:g} nats", justify="right", no_wrap=True)
+    table.add_column("other concepts", justify="right", no_wrap=True)
+    at = {(row.method, row.target): row for row in rows}
+    for method in dict.fromkeys(row.method for row in rows):
+        own = [at[method, target] for target in targets]
+        cells = [
+            Text(_signed(row.shift.value), "" if row.shift.low > 0 or row.shift.high < 0 else "dim")
+            for row in own
+        ]
+        table.add_row(method, *cells, _signed(own[-1].others.value))
+    screen.print(table)
+    screen.print(
+        Text(
+            f"{rows[0].n} pairs of concept and layer. By how much the logits of the concept's words rise above those "
+            "of words that were as likely, on the reporting prompts; grey where the 95 % interval holds 0. Other "
+            f"concepts: the control, their words' rise at {targets[-1]:g} nats",
+            style="dim",
+        )
+    )
+
+
+def _interval(value: Interval) -> Text:
+    """The mean, and its interval in grey: ``0.77 .73–.81``; with signs where one is negative."""
+    if value.value != value.value:
+        return Text("–")
+    text = Text(f"{value.value:.2f}".replace("-", "−"))
+    if value.low == value.low:
+        low, high = _short(value.low), _short(value.high)
+        text.append(f" {low}–{high}" if value.low >= 0 else f" {low} to {high}", style="dim")
+    return text
+
+
+def _signed(number: float) -> str:
+    return "–" if number != number else f"{number:+.2f}".replace("-", "−")
+
+
+def _short(number: float) -> str:
+    return f"{number:.2f}".replace("0.", ".", 1).replace("-", "−")
+
+
+def _lead(value: Interval | None) -> Text:
+    """In colour where the interval excludes 0."""
+    if value is None or value.value != value.value:
+        return Text("")
+    text = Text(_interval(value).plain)
+    text.stylize("green" if value.low > 0 else "red" if value.high < 0 else "")
+    return text
