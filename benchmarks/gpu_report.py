@@ -226,8 +226,19 @@ def tile_passes():
             yield facts
 
 
+def on_streams(streams, function, *arguments):
+    """The same on each stream, behind what is queued on the current one and before what will be."""
+    current = torch.cuda.current_stream()
+    for stream in streams:
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            function(*arguments)
+    for stream in streams:
+        current.wait_stream(stream)
+
+
 def columns():
-    """Column descent for one layer and for many side by side."""
+    """Column descent, which a single program does, by itself and on eight streams, as ``fit_many`` has them."""
     for d, k in shapes([(1536, 100), (14336, 100), (14336, 400)], [(70, 3)]):
         count = max(1, d // 100)
         Y = torch.rand(k, 2000, device=DEVICE)
@@ -237,9 +248,11 @@ def columns():
             "name": f"columns d={d} k={k}",
             **timed("one", _triton.column_descent, Z, AYt, Y @ Y.T, repeat=5),
         }
-        for batch in shapes((32,), (2,)):
-            many = [x[None].expand(batch, *x.shape) for x in (Z.indices, Z.values, AYt, Y @ Y.T)]
-            facts |= timed(f"{batch}", _triton.column_descent_batch, *many, repeat=5)
+        if DEVICE == "cuda":
+            streams = [torch.cuda.Stream() for _ in range(8)]
+            facts |= timed(
+                "8_streams", on_streams, streams, _triton.column_descent, Z, AYt, Y @ Y.T, repeat=5
+            )
         wanted = reference.column_descent(Z, AYt, Y @ Y.T)
         got = _triton.column_descent(Z, AYt, Y @ Y.T)
         facts["same_entries"] = float((got.indices == wanted.indices).double().mean())

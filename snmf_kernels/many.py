@@ -17,7 +17,10 @@ from ._monitor import IterationState
 from .factorization import Factorization
 from .solver import Progress, Task, fit, prepare
 
-# Members under way at once on a GPU: enough that one's small launches hide behind another's products.
+# Members under way at once on a GPU: enough that one's small launches hide behind another's products, and as many
+# as have a hardware queue each (CUDA_DEVICE_MAX_CONNECTIONS), for others would wait for each other. Larger launches
+# for several members at once would gain little: products have programs enough for a whole GPU each, and column
+# descent, which one program does, happens once in a default fit.
 _AT_ONCE_ON_GPU = 8
 # What fit_many has of its own, or decides for each member.
 _OWN = ("A", "k", "seed", "callback", "progress")
@@ -133,9 +136,23 @@ class _Member:
                     self._task = prepare(*self._arguments, **self._settings, callbacks=self._callbacks)
                 elif self._task.wants_more:
                     self._task.advance()
-                return None if self._task.wants_more else self._task.result()
+                if self._task.wants_more:
+                    return None
+                result = self._task.result()
+            self._hand_over(result)
+            return result
         except Exception as error:  # reported by FitManyError, when the others have finished
             return error
+
+    def _hand_over(self, result: Factorization) -> None:
+        """The caller's stream may use the result at once, and its memory has no other use before that is done."""
+        if self._stream is None:
+            return
+        callers = torch.cuda.current_stream(self._device)
+        callers.wait_stream(self._stream)
+        for tensor in (result.Z, result.Y, result.dead_features, result.neuron_scale):
+            if isinstance(tensor, Tensor) and tensor.is_cuda:
+                tensor.record_stream(callers)
 
     def _on_its_stream(self) -> AbstractContextManager[Any]:
         if not self.on_gpu:

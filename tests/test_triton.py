@@ -145,24 +145,6 @@ def test_a_refused_pass_is_composed_of_the_kernels_there_are():
 
 
 @here
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_problems_side_by_side(dtype):
-    """Ties, and an unused feature in one problem alone, to be told apart from the others'."""
-    problems = [column_problem(20, 3, 4, dtype, DEVICE, seed=seed) for seed in range(3)]
-    indices, values, AYt, YYt = (
-        torch.stack(list(part))
-        for part in zip(*((Z.indices, Z.values, AYt, YYt) for Z, AYt, YYt, _, _ in problems), strict=True)
-    )
-    YYt[1, 0, :] = YYt[1, :, 0] = 0
-    got_indices, got_values = _triton.column_descent_batch(indices, values, AYt, YYt, 2)
-    for b in range(3):
-        wanted = reference.column_descent(SparseColumns(indices[b], values[b], 20), AYt[b], YYt[b], 2)
-        assert torch.equal(got_indices[b], wanted.indices)
-        assert_near(got_values[b], wanted.values, 4 * COLUMN_TOLERANCE[dtype])
-    assert torch.equal(got_values[1, 0], values[1, 0]), "an unused feature stays"
-
-
-@here
 def test_a_column_that_was_filled_up_lists_a_row_twice():
     narrow, AYt, YYt, _, _ = column_problem(40, 2, 3, torch.float64, DEVICE)
     wide = column_problem(40, 1, 6, torch.float64, DEVICE)[0]

@@ -12,14 +12,13 @@ can be captured as CUDA graphs.
 from .coefficients import coordinate_descent, multiplicative_update
 from .launch import copy_if
 from .products import sparse_product
-from .selection import column_descent, column_descent_batch, winner_take_all
+from .selection import column_descent, winner_take_all
 from .tile_pass import coefficient_pass
 from .tile_pass import refusal as pass_refusal
 
 __all__ = [
     "coefficient_pass",
     "column_descent",
-    "column_descent_batch",
     "coordinate_descent",
     "copy_if",
     "multiplicative_update",

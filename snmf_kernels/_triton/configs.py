@@ -98,7 +98,7 @@ DESCENT: dict[torch.dtype, SweepConfig] = {
 }
 # Four blocks to a column of 14,336, with 16 values of each to a thread; with more of them registers spill.
 SELECT = BlockConfig(4096, 8)
-# A program has its multiprocessor to itself (there are as many as layers), so as many warps as registers allow; an
+# A program has its multiprocessor to itself (there is one to a fit), so as many warps as registers allow; an
 # update of the residual touches whole rows of it, 64 features in one load of a half warp.
 COLUMNS = ColumnConfig(2048, 32, 64, 8)
 # 16 KB of float32 to a program: enough to hide one load's latency.

@@ -119,21 +119,12 @@ def column_descent_kernel(  # type: ignore[no-untyped-def]  # likewise
     d, k, count, sweeps,
     BITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """All sweeps of one problem to a program, which walks its columns one after another.
+    """All sweeps by one program, which walks the columns one after another, each of which needs the one before.
 
     What is left of A Yᵀ beside all other features, for all features, is kept as residual [d, k]: the change of a
     column touches a few rows of it, each of them together. ``column [d]`` holds one feature's part of it, ``change
     [d]`` is zero but for the column's change, ``noted [count]`` its former rows.
     """
-    problem = tl.program_id(0).to(tl.int64)
-    index_ptr += problem * k * count
-    value_ptr += problem * k * count
-    noted_ptr += problem * count
-    products_ptr += problem * k * d
-    q_ptr += problem * k * k
-    residual_ptr += problem * k * d
-    column_ptr += problem * d
-    change_ptr += problem * d
     for start in range(0, d, BLOCK):
         rows = start + tl.arange(0, BLOCK)
         tl.store(change_ptr + rows, tl.zeros((BLOCK,), change_ptr.dtype.element_ty), mask=rows < d)
@@ -188,27 +179,18 @@ def winner_take_all(Z: Tensor, count: int) -> SparseColumns:
 
 
 def column_descent(Z: SparseColumns, AYt: Tensor, YYt: Tensor, sweeps: int = 1) -> SparseColumns:
-    indices, values = column_descent_batch(Z.indices[None], Z.values[None], AYt[None], YYt[None], sweeps)
-    return SparseColumns(indices[0], values[0], Z.d)
-
-
-def column_descent_batch(
-    indices: Tensor, values: Tensor, AYt: Tensor, YYt: Tensor, sweeps: int = 1
-) -> tuple[Tensor, Tensor]:
-    """:func:`column_descent` for problems of one shape side by side: every argument has a leading axis for them."""
-    indices = indices.clone(memory_format=torch.contiguous_format)
-    values = values.clone(memory_format=torch.contiguous_format)
+    indices = Z.indices.clone(memory_format=torch.contiguous_format)
+    values = Z.values.clone(memory_format=torch.contiguous_format)
     AYt, YYt = AYt.contiguous(), YYt.contiguous()
-    batch, k, d = AYt.shape
-    count = indices.shape[2]
-    if batch and k and count:
-        residual, column, change = (values.new_empty(batch, size) for size in (k * d, d, d))
-        noted = torch.empty(batch, count, dtype=torch.int64, device=values.device)
+    (k, d), count = AYt.shape, indices.shape[1]
+    if k and count:
+        residual, column, change = (values.new_empty(size) for size in (k * d, d, d))
+        noted = indices.new_empty(count)
         with device_of(values):
-            column_descent_kernel[(batch,)](
+            column_descent_kernel[(1,)](
                 indices, values, noted, AYt, YYt, residual, column, change, d, k, count, sweeps,
                 BITS=63 if values.dtype == torch.float64 else 31,
                 BLOCK=min(COLUMNS.block_d, triton.next_power_of_2(d)),
                 BLOCK_C=COLUMNS.block_c, BLOCK_K=COLUMNS.block_k, num_warps=COLUMNS.num_warps,
             )  # fmt: skip
-    return indices, values
+    return SparseColumns(indices, values, d)
