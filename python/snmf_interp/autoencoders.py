@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .concepts import text_scores
+from .concepts import text_maxima
 
 if TYPE_CHECKING:
     from .models import LanguageModel
@@ -60,13 +60,17 @@ class AutoencoderDictionary:
 
     def encode(self, activations: Tensor) -> Tensor:
         """Latent activations ``[n, size]`` of ``activations [n, d_mlp]``, float32."""
-        with torch.inference_mode():
-            parts = [self.sae.encode(self._seen(part)).float().cpu() for part in activations.split(_TOKENS)]
-        return torch.cat(parts)
+        return torch.cat(list(self._encoded(activations)))
+
+    def _encoded(self, activations: Tensor) -> Iterator[Tensor]:
+        for part in activations.split(_TOKENS):
+            with torch.no_grad():
+                latents = self.sae.encode(self._seen(part)).float().cpu()
+            yield latents
 
     def scores(self, activations: Tensor, text_of: Tensor, n_texts: int) -> Tensor:
         """See :class:`snmf_interp.dictionaries.Dictionary`."""
-        return text_scores(self.encode(activations).T.clone(), text_of, n_texts)
+        return text_maxima((part.T for part in self._encoded(activations)), text_of, n_texts)
 
     def direction(self, index: int) -> Tensor:
         """The decoder's row, in the units of the activations, ``[d_mlp]``."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,8 +23,30 @@ def text_scores(Y: Tensor, text_of: Tensor, n_texts: int) -> Tensor:
     Returns:
         ``[k, n_texts]`` in Y's dtype.
     """
-    scores = torch.zeros(Y.shape[0], n_texts, dtype=Y.dtype)
-    return scores.scatter_reduce_(1, text_of.expand(Y.shape[0], -1), Y, "amax")
+    return text_maxima((Y,), text_of, n_texts)
+
+
+def text_maxima(parts: Iterable[Tensor], text_of: Tensor, n_texts: int) -> Tensor:
+    """Each text's largest value, of values that come for some tokens after others.
+
+    Args:
+        parts: at least one ``[m, tokens]``, of the tokens in turn; only one is held at a time.
+        text_of: which text each token of all parts belongs to, ``[n]`` int64.
+        n_texts: how many texts there are; one without tokens has 0.
+
+    Returns:
+        ``[m, n_texts]`` in the parts' dtype.
+    """
+    maxima: Tensor | None = None
+    first = 0
+    for part in parts:
+        if maxima is None:
+            maxima = part.new_full((len(part), n_texts), -math.inf)
+        last = first + part.shape[1]
+        maxima.scatter_reduce_(1, text_of[first:last].expand(len(part), -1), part, "amax")
+        first = last
+    assert maxima is not None
+    return maxima.masked_fill_(maxima.isneginf(), 0)
 
 
 def average_precision(scores: Tensor, labels: Sequence[str | None]) -> tuple[list[str], Tensor]:

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from .concepts import text_maxima
+
 if TYPE_CHECKING:
     import snmf_kernels
 
@@ -89,11 +91,9 @@ class ProjectionDictionary:
     def scores(self, activations: Tensor, text_of: Tensor, n_texts: int) -> Tensor:
         scale = torch.ones(()) if self.scale is None else self.scale
         unit = _unit(self.vectors / scale)
-        products = torch.cat(
-            [unit @ _unit(part.cpu().float() / scale).T for part in activations.split(_TOKENS)], 1
-        )
-        start, index = torch.zeros(self.size, n_texts), text_of.expand(self.size, -1)
-        return start.scatter_reduce(1, index, products, "amax", include_self=self.floor)
+        cosines = (unit @ _unit(part.cpu().float() / scale).T for part in activations.split(_TOKENS))
+        found = text_maxima(cosines, text_of, n_texts)
+        return found.clamp_min(0) if self.floor else found
 
     def direction(self, index: int) -> Tensor:
         return self.vectors[index]
@@ -116,11 +116,11 @@ class NeuronDictionary:
         return 2 * self.width
 
     def scores(self, activations: Tensor, text_of: Tensor, n_texts: int) -> Tensor:
-        values, index = activations.cpu(), text_of[:, None].expand(-1, self.width)
-        start = values.new_zeros(n_texts, self.width)
-        highest = start.scatter_reduce(0, index, values, "amax", include_self=False)
-        lowest = start.scatter_reduce(0, index, values, "amin", include_self=False)
-        return torch.stack([highest, -lowest], 2).flatten(1).T.contiguous()
+        highest, lowest = (
+            text_maxima((sign * part.cpu().T for part in activations.split(_TOKENS)), text_of, n_texts)
+            for sign in (1, -1)
+        )
+        return torch.stack([highest, lowest], 1).flatten(0, 1)
 
     def direction(self, index: int) -> Tensor:
         vector = torch.zeros(self.width)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from snmf_interp import ActivationStore, LanguageModel, Sample, collect, describe
-from snmf_interp.concepts import average_precision, chance_precision, text_scores
+from snmf_interp.concepts import average_precision, chance_precision, text_maxima, text_scores
 from snmf_interp.features import read_features, visible, write_features
 
 from .conftest import VOCABULARY
@@ -232,3 +232,14 @@ class TestAveragePrecision:
     def test_text_scores(self) -> None:
         Y = torch.tensor([[1.0, 5.0, 2.0]])
         assert text_scores(Y, torch.tensor([0, 0, 2]), 4).tolist() == [[5.0, 0.0, 2.0, 0.0]]
+
+    def test_text_maxima_come_in_parts(self) -> None:
+        """Also of negative values, and of texts that a border divides."""
+        values, text_of = torch.randn(3, 40), torch.arange(40) // 8 % 6
+        text_of[text_of == 2] = 3
+        expected = torch.stack(
+            [values[:, text_of == t].amax(1) if t != 2 else torch.zeros(3) for t in range(5)], 1
+        )
+        for size in (1, 7, 40):
+            assert torch.equal(text_maxima(values.split(size, 1), text_of, 5), expected)
+        assert torch.equal(text_maxima([-values.abs()], text_of, 5) < 0, expected != 0)
