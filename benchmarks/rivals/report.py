@@ -6,7 +6,7 @@ concepts that have words, drawn by the seed; seed 1, since seed 0 had served to 
     snmf eval smollm2-135m --layers 10,20,27 --against diffmeans,sae,neuron,random,permuted --one-sign --seed 1 \\
         --out benchmarks/data/eval-smollm2-135m
     snmf eval gemma-3-270m --layers 6,12,16 --against diffmeans,sae,neuron,random,permuted --one-sign --seed 1 \\
-        --model-dtype bfloat16 --report-samples 4 --out benchmarks/data/eval-gemma-3-270m
+        --report-samples 4 --out benchmarks/data/eval-gemma-3-270m
 
     python benchmarks/rivals/report.py collect      # takes report.json and figure.png of both runs into this folder
     python benchmarks/rivals/report.py table        # table.md from them

@@ -188,7 +188,10 @@ def evaluate_features(
     """What the features of a factorisation are worth as detectors: a text scores its largest coefficient.
 
     The coefficients of all texts, training texts too, come from ``factors.encode``: ``factors.Y`` is where the
-    solver stopped, not the optimum on Z, and thresholds chosen on one would be applied to the other.
+    solver stopped, not the optimum on Z, and thresholds chosen on one would be applied to the other. This asks what
+    the factorisation says of a text. ``snmf detect`` and ``snmf eval`` ask what its directions do beside those of other
+    methods, which have no coefficients: there a text scores its largest cosine with a column of Z
+    (:func:`snmf_interp.dictionaries.features`), as in the paper.
 
     Args:
         factors: a factorisation of ``activations[train[text_of]].T``.
