@@ -46,13 +46,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back: ``text``, or None and the ``reason``. ``cached`` answers cost nothing now."""
+    """What came back: ``text``, or None and the ``reason``.
+
+    ``cached`` answers cost nothing now; ``cut_off`` ones ended where their tokens did.
+    """
 
     text: str | None
     reason: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached: bool = False
+    cut_off: bool = False
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.reason is None):
@@ -131,7 +135,9 @@ def ask_json(
                 results[place] = Parsed(None, answer.reason, results[place].raw)
                 continue
             try:
-                results[place] = Parsed(parse(find_object(answer.text)), None, answer.text)
+                results[place] = Parsed(
+                    parse(find_object(answer.text, cut_off=answer.cut_off)), None, answer.text
+                )
             except ValueError as error:
                 results[place] = Parsed(None, f"unusable answer: {error}", answer.text)
                 again[place] = asked[place].then(
@@ -143,23 +149,31 @@ def ask_json(
     return results
 
 
-def find_object(text: str) -> dict[str, Any]:
+def find_object(text: str, *, cut_off: bool = False) -> dict[str, Any]:
     """The last JSON object in ``text``, outside of ``<think>`` blocks; models put words and fences around it.
 
+    Args:
+        text: the answer. A block that is not closed goes to its end; one that the prompt opened begins with it.
+        cut_off: whether it ended where its tokens did. Then the last object may be one that was only weighed, so all
+            must be the same.
+
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it cannot be told which was meant.
     """
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
-    decoder, found, place = json.JSONDecoder(), None, text.find("{")
+    said = re.sub(r"<think>.*?(</think>|\Z)", "", text, flags=re.DOTALL).rpartition("</think>")[2]
+    decoder, found, place = json.JSONDecoder(), [], said.find("{")
     while place >= 0:
         try:
-            found, end = decoder.raw_decode(text, place)
+            value, end = decoder.raw_decode(said, place)
+            found.append(value)
         except (json.JSONDecodeError, RecursionError):
             end = place + 1
-        place = text.find("{", end)
-    if found is None:
+        place = said.find("{", end)
+    if not found:
         raise ValueError(f"wanted a JSON object, got {quoted(text)}")
-    result: dict[str, Any] = found
+    if cut_off and any(value != found[-1] for value in found):
+        raise ValueError(f"the answer was cut off among several JSON objects: {quoted(said)}")
+    result: dict[str, Any] = found[-1]
     return result
 
 

@@ -9,7 +9,9 @@ setting and puts the result where features are: over the neurons of a layer.
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
 _STEPS, _BATCH = 1500, 512
 _LEARNING_RATE = 1e-3
 _TOKENS = 4096
+# Names of the sites that are steered and collected, as TransformerLens and transformers have them.
+_SITE = re.compile(r"(mlp\.hook_post|hook_mlp_out|\.mlp|down_proj|post_feedforward_layernorm)$")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +188,8 @@ def load_autoencoder(
     Raises:
         ModuleNotFoundError: sae-lens is not installed.
         FileNotFoundError: no such folder, release or autoencoder.
-        ValueError: its width is neither.
+        ValueError: its width is neither, or it says that it reads something else: the residual stream, say, or another
+            layer.
     """
     import_sae_lens()
     from sae_lens import SAE
@@ -201,7 +208,10 @@ def load_autoencoder(
             raise FileNotFoundError(f"sae: SAELens cannot load {name!r}: {error}") from error
     sae = sae.eval()
     width = int(sae.cfg.d_in)
-    if model is None or layer is None or width == model.d_mlp(layer):
+    if model is None or layer is None:
+        return AutoencoderDictionary(sae)
+    _check_site(name, sae.cfg.metadata, model, layer)
+    if width == model.d_mlp(layer):
         return AutoencoderDictionary(sae)
     if width != model.d_model:
         raise ValueError(
@@ -226,6 +236,31 @@ def load_autoencoder(
         else norm(torch.ones(width, device=model.device, dtype=model.dtype)).cpu().float()
     )
     return AutoencoderDictionary(sae, output=output, write=weight if gain is None else gain[:, None] * weight)
+
+
+def _check_site(name: str, metadata: Any, model: LanguageModel, layer: int) -> None:
+    """That an autoencoder reads the MLP of this layer, by its own words; its width alone says too little.
+
+    The residual stream has the width of the MLP's output, and so has what goes into it.
+    """
+    hook, made_for = metadata.get("hook_name"), metadata.get("model_name")
+    if not hook:
+        logger.warning(
+            "%s does not say what it reads: it is taken to be over the neurons or the output of the MLP of layer %d",
+            name, layer,
+        )  # fmt: skip
+    elif not _SITE.search(hook):
+        raise ValueError(
+            f"sae: wanted one over the neurons or the output of an MLP, but {name!r} reads {hook}; "
+            "choose another release, such as one of Gemma Scope's -mlp-"
+        )
+    elif (number := re.search(r"\d+", hook)) and int(number[0]) != layer:
+        raise ValueError(
+            f"sae: {name!r} reads layer {number[0]} ({hook}), not {layer}; write {{layer}} for the number"
+        )
+    short = model.name.rpartition("/")[2].lower()
+    if made_for and short not in made_for.lower() and made_for.rpartition("/")[2].lower() not in short:
+        logger.warning("%s was trained on %s, and %s is another model", name, made_for, model.name)
 
 
 def save_autoencoder(rival: AutoencoderDictionary, folder: Path) -> None:

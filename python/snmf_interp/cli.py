@@ -85,6 +85,7 @@ def _command(name: str) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
         @functools.wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> None:
+            terminal.work_in(None)
             try:
                 function(*args, **kwargs)
             except (typer.Exit, typer.Abort):
@@ -111,25 +112,24 @@ def _command(name: str) -> Callable[[Function], Function]:
 def _saved(arguments: dict[str, Any]) -> str:
     """What a run that was interrupted has kept, and how to go on."""
     target = arguments.get("target")
-    folder = (
+    named = (
         arguments.get("out") or arguments.get("run") or (target if target and Path(target).is_dir() else None)
     )
-    if folder is None:
+    if terminal.working_folder() is None and named is None:
         return "Nothing was to be saved."
-    folder = Path(folder)
-    if (
-        arguments.get("model") in (None, "smollm2-135m", "gemma-3-270m")
-        and (folder / str(arguments.get("model"))).is_dir()
-    ):
-        folder = folder / str(arguments.get("model"))
-    shards = len(list(folder.glob("activations/shard-*.safetensors")))
-    layers = len(list(folder.glob("layer_*/factors.safetensors")))
-    if not shards:
+    folder = terminal.working_folder() or Path(str(named))
+    kept = [
+        (len(list(folder.glob(pattern))), what)
+        for pattern, what in (
+            ("activations/shard-*.safetensors", "finished shard{} of activations"),
+            ("layer_*/factors.safetensors", "factorised layer{}"),
+            ("eval/layer_*/steering/*/*.json", "finished attempt{} to steer"),
+        )
+    ]
+    if not kept[0][0]:
         return "Nothing was saved yet; the same command starts afresh."
-    return (
-        f"{folder} keeps {shards} finished shard{'s'[: shards != 1]} of activations and {layers} factorised "
-        f"layer{'s'[: layers != 1]}; what else was finished is kept too, and the same command goes on from there."
-    )
+    counted = " and ".join(f"{count} {what.format('s'[: count != 1])}" for count, what in kept if count)
+    return f"{folder} keeps {counted}; what else was finished is kept too, and the same command goes on from there."
 
 
 @_command("collect")

@@ -136,6 +136,7 @@ def _opened(
         raise ValueError(f"--layer: say which layer of {target!r}; only the bundled models have one picked")
     chosen = LAYERS[target] if layer is None else layer
     folder = out / f"{Path(target).name}-layer-{chosen}"
+    terminal.work_in(folder)
     samples = read_texts(NAME)
     if (folder / CONFIG).is_file():
         opened = Run.open(folder)

@@ -44,6 +44,7 @@ def run(screen: Console, model: str, out: Path, top: int) -> None:
             f"for {model!r} use `snmf collect`, `snmf fit` and `snmf features`"
         )
     folder = out / model
+    terminal.work_in(folder)
     layers = LAYERS[model]
     screen.print(
         Text.assemble(

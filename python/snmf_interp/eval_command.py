@@ -234,15 +234,7 @@ def detect(
         typer.echo(json.dumps(files.finite(content), ensure_ascii=False))
         return
     for number, row in written.items():
-        low, high = row["interval"]
-        screen.print(
-            Text(
-                f"\nLayer {number}, sentences by {row['by']}: S_CD is above 0 for {row['share_above_zero']:.0%} of "
-                f"{row['features']} labelled features (95 % interval {low:.0%} to {high:.0%}); no usable sentences "
-                f"for {row['missing']:.0%} of the labels"
-            ),
-            soft_wrap=True,
-        )
+        trial_tables.show_sentences(screen, number, row)
 
 
 def _opened(
@@ -271,6 +263,7 @@ def _opened(
         depths = (model.n_layers // 3, 2 * model.n_layers // 3, 9 * model.n_layers // 10)
         layers = ",".join(map(str, sorted(set(depths))))
     folder = out or Path("results") / f"{Path(target).name}-eval"
+    terminal.work_in(folder)
     return collect_run(folder, model, layers, texts or "concepts"), model
 
 
@@ -365,7 +358,7 @@ def _written(
     run: Run, model: LanguageModel, layers: Sequence[int], llm: Any, limit: int
 ) -> dict[int, dict[str, Any]]:
     """The paper's test with written sentences, for each factorised layer."""
-    from .labels import label_features
+    from .labels import label_features, made_by, write_labels
     from .sentences import detect_sentences, write_sentences
 
     if limit < 1:
@@ -377,19 +370,25 @@ def _written(
         )
     found = {}
     for layer in layers:
-        features = sorted(run.features(layer, model), key=lambda f: (-f.clarity, f.index))[:limit]
-        labels = [one for one in label_features(features, llm, sides=("input",)) if one.text is not None]
-        if not labels:
-            raise RuntimeError(f"{llm.name} named none of the {len(features)} features of layer {layer}")
-        result = detect_sentences(
-            run.factors(layer), model, layer, write_sentences(labels, llm), scoring="cosine"
-        )
+        features = sorted(run.features(layer, model), key=lambda f: (-f.clarity, f.index))
+        labels = label_features(features[:limit], llm, sides=("input",))
+        write_labels(run.labels_folder(layer), labels, made_by(llm, run.features_path(layer)))
+        named = [one for one in labels if one.text is not None]
+        if not named:
+            raise RuntimeError(f"{llm.name} named none of the {len(labels)} features of layer {layer}")
+        sentences = write_sentences(named, llm)
+        result = detect_sentences(run.factors(layer), model, layer, sentences, scoring="cosine")
         found[layer] = {
             "by": llm.name,
+            "asked": len(labels),
+            "of": len(features),
+            "no_label": sum(one.is_missing for one in labels),
+            "no_concept": len(labels) - len(named) - sum(one.is_missing for one in labels),
+            "no_sentences": len(named) - len(result.index),
             "features": len(result.index),
             "share_above_zero": result.share_above_zero,
             "interval": list(result.interval),
-            "missing": result.missing,
             "scores": dict(zip(map(str, result.index.tolist()), result.scores.tolist(), strict=True)),
+            "sentences": [asdict(one) for one in sentences],
         }
     return found

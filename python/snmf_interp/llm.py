@@ -12,7 +12,9 @@ was killed asks nothing twice.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -105,7 +107,7 @@ class _CachedModel(ABC):
         if answer.text is None:
             logger.warning("%s is damaged; it is asked again", self._path(key))
             return None
-        return Answer(answer.text, None, answer.prompt_tokens, answer.completion_tokens, cached=True)
+        return dataclasses.replace(answer, cached=True)
 
 
 class OpenAIModel(_CachedModel):
@@ -122,9 +124,10 @@ class OpenAIModel(_CachedModel):
         concurrency: the most requests under way at once.
         max_retries: of one request.
         timeout: seconds for one try.
-        parameters: fields of the request beside model and messages. They replace the defaults
-            ``{"temperature": 0, "max_tokens": …}`` (``max_completion_tokens`` at OpenAI's own endpoint); a
-            field that is None is left out, as for models that take no temperature.
+        parameters: fields of the request beside model and messages, also those that OpenAI does not know
+            (``top_k``, ``chat_template_kwargs``). They replace the defaults ``{"temperature": 0, "max_tokens": …}``
+            (``max_completion_tokens`` at OpenAI's own endpoint); a field that is None is left out, as for models
+            that take no temperature.
         progress: show a bar on stderr; by default when it is a terminal.
 
     Raises:
@@ -174,13 +177,15 @@ class OpenAIModel(_CachedModel):
     def _read(self, raw: Any) -> Answer:
         try:
             choice, usage = raw["choices"][0], raw.get("usage") or {}
-            text = choice["message"]["content"]
+            text, ended = choice["message"]["content"], choice.get("finish_reason")
             counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError):
             return Answer(None, f"the endpoint's answer is no chat completion: {quoted(raw)}")
         if not isinstance(text, str) or not text.strip():
-            return Answer(None, f"the answer is empty (finish_reason {choice.get('finish_reason')})", *counts)
-        return Answer(text, None, *counts)
+            return Answer(None, f"the answer is empty (finish_reason {ended})", *counts)
+        # Half of a pair of surrogates is JSON, but nothing that can be printed or stored as UTF-8.
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        return Answer(text, None, *counts, cut_off=ended == "length")
 
     def _answer(self, requests: Mapping[str, Request], take: Callable[..., None]) -> None:
         # In a thread of its own: works where a loop is running already, as in a notebook, and an interrupt
@@ -217,7 +222,7 @@ class OpenAIModel(_CachedModel):
         """Answer one waiting request after another."""
         openai = _import_openai()
         for key, request in waiting:
-            fields = self._sent(request)
+            fields = _known_fields(self._sent(request))
             try:
                 response: Any = await client.chat.completions.create(**fields)
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
@@ -238,8 +243,8 @@ class OpenAIModel(_CachedModel):
                 take(key, Answer(None, f"{reason}{cause}"))
             except openai.OpenAIError as error:
                 take(key, Answer(None, f"{type(error).__name__}: {quoted(error)}"))
-            except json.JSONDecodeError as error:
-                take(key, Answer(None, f"the endpoint's answer is not JSON: {error}"))
+            except ValueError as error:
+                take(key, Answer(None, f"the endpoint's answer is not JSON in UTF-8: {quoted(error)}"))
             else:
                 raw = response.model_dump(mode="json") if hasattr(response, "model_dump") else response
                 take(key, self._read(raw), raw)
@@ -254,6 +259,8 @@ class LocalModel(_CachedModel):
         name: for the record.
         cache: folder of the answers; None keeps none.
         batch_size: requests decoded together.
+        max_tokens: the most tokens of every answer, in place of what each request allows; for models that think
+            before they answer.
         progress: show a bar on stderr; by default when it is a terminal.
     """
 
@@ -265,14 +272,17 @@ class LocalModel(_CachedModel):
         name: str = "local",
         cache: str | Path | None = None,
         batch_size: int = 8,
+        max_tokens: int | None = None,
         progress: bool | None = None,
     ) -> None:
         from .models import fingerprint
 
-        if batch_size < 1:
-            raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
+        for argument, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"{argument}: wanted at least 1, got {value}")
         super().__init__(name, "this process", cache=cache, progress=progress)
         self.network, self.tokenizer, self.batch_size = network.eval(), tokenizer, batch_size
+        self.max_tokens = max_tokens
         self._weights = fingerprint(network)
 
     @classmethod
@@ -284,6 +294,7 @@ class LocalModel(_CachedModel):
         dtype: torch.dtype | None = None,
         cache: str | Path | None = None,
         batch_size: int = 8,
+        max_tokens: int | None = None,
         progress: bool | None = None,
     ) -> LocalModel:
         """Load one by what :func:`snmf_interp.load_model` takes: a bundled name, file, folder or Hub id."""
@@ -293,7 +304,13 @@ class LocalModel(_CachedModel):
 
         network, tokenizer, _ = load_network(name_or_path, device=device, dtype=dtype or torch.float32)
         return cls(
-            network, tokenizer, name=name_or_path, cache=cache, batch_size=batch_size, progress=progress
+            network,
+            tokenizer,
+            name=name_or_path,
+            cache=cache,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            progress=progress,
         )
 
     def _sent(self, request: Request) -> dict[str, Any]:
@@ -301,21 +318,27 @@ class LocalModel(_CachedModel):
             "model": self.name,
             "weights": self._weights,
             "messages": request.chat,
-            "max_tokens": request.max_tokens,
+            "max_tokens": self._length(request),
         }
+
+    def _length(self, request: Request) -> int:
+        """The most tokens of its answer."""
+        return self.max_tokens or request.max_tokens
 
     def _read(self, raw: Any) -> Answer:
         text = str(raw["text"])
         counts = int(raw["prompt_tokens"]), int(raw["completion_tokens"])
-        return Answer(text, None, *counts) if text.strip() else Answer(None, "the answer is empty", *counts)
+        if not text.strip():
+            return Answer(None, "the answer is empty", *counts)
+        return Answer(text, None, *counts, cut_off=bool(raw.get("cut_off")))
 
     def _answer(self, requests: Mapping[str, Request], take: Callable[..., None]) -> None:
         positions = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
         prompts: dict[str, list[int]] = {}
         for key, request in requests.items():
-            ids = self._encode(request)
-            if positions and len(ids) + request.max_tokens > positions:
-                reason = f"{len(ids)} tokens and {request.max_tokens} to answer: the model takes {positions}"
+            ids, most = self._encode(request), self._length(request)
+            if positions and len(ids) + most > positions:
+                reason = f"{len(ids)} tokens and {most} to answer: the model takes {positions}"
                 take(key, Answer(None, reason))
             else:
                 prompts[key] = ids
@@ -323,11 +346,16 @@ class LocalModel(_CachedModel):
         order = sorted(prompts, key=lambda key: (-len(prompts[key]), key))
         for first in range(0, len(order), self.batch_size):
             keys = order[first : first + self.batch_size]
-            length = max(requests[key].max_tokens for key in keys)
-            for key, new in zip(keys, self._generate([prompts[key] for key in keys], length), strict=True):
-                ids = new[: requests[key].max_tokens]
-                text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                raw = {"text": text, "prompt_tokens": len(prompts[key]), "completion_tokens": len(ids)}
+            lengths = [self._length(requests[key]) for key in keys]
+            made = self._generate([prompts[key] for key in keys], max(lengths))
+            for key, length, new in zip(keys, lengths, made, strict=True):
+                ids = new[:length]
+                raw = {
+                    "text": self.tokenizer.decode(ids, skip_special_tokens=True),
+                    "prompt_tokens": len(prompts[key]),
+                    "completion_tokens": len(ids),
+                    "cut_off": len(ids) == length,
+                }
                 take(key, self._read(raw), raw)
 
     def _encode(self, request: Request) -> list[int]:
@@ -372,6 +400,16 @@ class LocalModel(_CachedModel):
             row[: next((i for i, token in enumerate(row) if token in stops), len(row))]
             for row in made[:, ids.shape[1] :].tolist()
         ]
+
+
+def _known_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A request's fields as the ``openai`` package takes them: those that it does not know in ``extra_body``."""
+    from openai.resources.chat import AsyncCompletions
+
+    known = inspect.signature(AsyncCompletions.create).parameters
+    extra = {name: value for name, value in fields.items() if name not in known}
+    own = {name: value for name, value in fields.items() if name in known}
+    return own | {"extra_body": extra | dict(own.get("extra_body") or {})} if extra else own
 
 
 def _import_openai() -> Any:

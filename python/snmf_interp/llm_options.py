@@ -32,7 +32,9 @@ LocalOption = Annotated[
 ConcurrencyOption = Annotated[int, typer.Option(help="Most requests under way at once.")]
 ParameterOption = Annotated[
     list[str] | None,
-    typer.Option(help="A field of every request, such as temperature=1; =null leaves a default out."),
+    typer.Option(
+        help="A field of every request, such as temperature=1; =null leaves a default out. With --local: max_tokens."
+    ),
 ]
 
 
@@ -57,15 +59,22 @@ def chosen(
     from .llm import LocalModel, OpenAIModel
 
     parameters = _parameters(parameter)
-    if parameters and model is None and base_url is None:
-        raise ValueError("--parameter is a field of requests to an endpoint; it needs --model or --base-url")
+    if parameters and model is None and base_url is None and local is None:
+        raise ValueError(
+            "--parameter is a field of requests to a language model; it needs --model, --base-url or --local"
+        )
     if local is not None:
         if model is not None or base_url is not None:
             raise ValueError(
                 "--local: a model in this process has no --model or --base-url; give one of them"
             )
+        length = parameters.pop("max_tokens", None)
+        if parameters or not (length is None or isinstance(length, int)):
+            raise ValueError(
+                f"--parameter: a model in this process takes max_tokens=NUMBER alone, got {', '.join(parameter or [])}"
+            )
         with terminal.waiting(f"loading {local}"):
-            return LocalModel.load(local, device=device, cache=cache)
+            return LocalModel.load(local, device=device, cache=cache, max_tokens=length)
     if model is None and base_url is None:
         return None
     return OpenAIModel(model, base_url=base_url, cache=cache, concurrency=concurrency, parameters=parameters)

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from . import prompts
@@ -23,7 +24,6 @@ from .activations import collect
 from .answers import Request, ask_json
 from .concepts import text_scores
 from .evaluation import concept_detection_score
-from .intervals import bootstrap_mean
 from .texts import Sample
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class SentenceDetection:
         scores: their S_CD, ``[m]`` float64 (:func:`snmf_interp.evaluation.concept_detection_score`).
         share_above_zero: the share of features with S_CD above 0, NaN without features. A feature that is silent
             on all sentences has 0, and is not above it.
-        interval: of that share, from a percentile bootstrap over features, (NaN, NaN) with fewer than two.
+        interval: of that share, Wilson's, which takes features as independent; (NaN, NaN) without features.
         confidence: of the interval.
         missing: the share of labels for which no usable sentences came.
     """
@@ -121,8 +121,6 @@ def detect_sentences(
     scoring: Literal["encode", "cosine"] = "encode",
     eps: float = 1e-6,
     confidence: float = 0.95,
-    n_resamples: int = 9999,
-    seed: int = 0,
     batch_size: int = 16,
 ) -> SentenceDetection:
     """Run the model over the sentences and score each feature on its own.
@@ -136,7 +134,7 @@ def detect_sentences(
             token. ``"cosine"``: the similarity of its activations with the column of Z, as in the paper, cut at 0.
             A sentence has that of its largest token.
         eps: see :func:`snmf_interp.evaluation.concept_detection_score`; in units of the scores.
-        confidence, n_resamples, seed: of the bootstrap.
+        confidence: of the interval.
         batch_size: sentences per forward pass.
 
     Raises:
@@ -179,6 +177,8 @@ def detect_sentences(
         scores.append(concept_detection_score(row[first:middle], row[middle:end], eps=eps))
         first = end
     values = torch.stack(scores)
-    above = (values > 0).double()
-    interval = bootstrap_mean(above, confidence=confidence, n_resamples=n_resamples, seed=seed)
-    return SentenceDetection(index, values, float(above.mean()), interval, confidence, missing)
+    above = int((values > 0).sum())
+    interval = binomtest(above, len(values)).proportion_ci(confidence, method="wilson")
+    return SentenceDetection(
+        index, values, above / len(values), (float(interval.low), float(interval.high)), confidence, missing
+    )

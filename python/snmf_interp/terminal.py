@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # Where a file is written instead of a screen.
 _FILE_WIDTH = 100
+# The folder that this command works in, where its arguments do not name it.
+_folder: ContextVar[Path | None] = ContextVar("folder", default=None)
 
 
 @functools.cache
@@ -41,6 +44,16 @@ def command() -> str:
     if running.name != "snmf" or (on_path and Path(on_path).resolve() == running.resolve()):
         return "snmf"
     return os.path.relpath(running)
+
+
+def work_in(folder: Path | None) -> None:
+    """Take note of the folder that this command writes to, for the line that says what an interrupted one has kept."""
+    _folder.set(folder)
+
+
+def working_folder() -> Path | None:
+    """What :func:`work_in` was told last."""
+    return _folder.get()
 
 
 @contextmanager

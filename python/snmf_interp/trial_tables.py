@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
@@ -108,6 +108,31 @@ def show_immediate(screen: Console, title: str, rows: Sequence[ImmediateSummary]
             f"concepts: the control, their words' rise at {targets[-1]:g} nats",
             style="dim",
         )
+    )
+
+
+def show_sentences(screen: Console, layer: int, row: Mapping[str, Any]) -> None:
+    """The paper's test with written sentences: what came of all that was asked."""
+    which = (
+        f"the clearest {row['asked']} of {row['of']} features" if row["asked"] < row["of"] else "all features"
+    )
+    low, high = row["interval"]
+    if row["features"]:
+        found = f"S_CD is above 0 for {row['share_above_zero']:.0%} (95 % interval {low:.0%} to {high:.0%})"
+    else:
+        found = "S_CD could not be measured for any"
+    left_out = (
+        (row["no_label"], "without an answer to the question for a label"),
+        (row["no_concept"], "without a clear concept"),
+        (row["no_sentences"], "without usable sentences"),
+    )
+    others = "".join(f"; {count} {why}" for count, why in left_out if count)
+    screen.print(
+        Text(
+            f"\nLayer {layer}, sentences by {row['by']} for {which}: of the {row['features']} that it labelled and "
+            f"wrote sentences for, {found}{others}"
+        ),
+        soft_wrap=True,
     )
 
 

@@ -125,6 +125,48 @@ def test_over_the_output_of_the_mlp(family: str, make_model: Any, tmp_path: Path
         assert float((basis.T @ explained - row[:, None]).norm() / row.norm()) < 1e-2
 
 
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        ("blocks.1.hook_resid_post", r"reads blocks\.1\.hook_resid_post"),
+        ("blocks.1.attn.hook_z", r"reads blocks\.1\.attn\.hook_z"),
+        ("blocks.1.hook_mlp_in", r"reads blocks\.1\.hook_mlp_in"),
+        ("blocks.2.hook_mlp_out", r"reads layer 2 \(blocks\.2\.hook_mlp_out\), not 1; write \{layer\}"),
+        ("blocks.1.hook_mlp_out", None),
+        ("model.layers.1.mlp", None),
+    ],
+)
+def test_reads_the_mlp_of_the_layer(hook: str, message: str | None, make_model: Any, tmp_path: Path) -> None:
+    """All of these have the width of the MLP's output."""
+    saved = train_autoencoder(torch.randn(16, 200), 4, **OPTIONS | {"steps": 1})
+    saved.sae.cfg.metadata.hook_name = hook
+    save_autoencoder(saved, tmp_path / "sae")
+    if message is None:
+        assert load_autoencoder(str(tmp_path / "sae"), make_model(), 1).write is not None
+    else:
+        with pytest.raises(ValueError, match=message):
+            load_autoencoder(str(tmp_path / "sae"), make_model(), 1)
+
+
+def test_what_it_does_not_say_is_told(
+    make_model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = train_autoencoder(torch.randn(16, 200), 4, **OPTIONS | {"steps": 1})
+    save_autoencoder(saved, tmp_path / "unknown")
+    load_autoencoder(str(tmp_path / "unknown"), make_model(), 1)
+    assert "does not say what it reads" in caplog.text
+    saved.sae.cfg.metadata.hook_name = "blocks.1.mlp.hook_post"
+    saved.sae.cfg.metadata.model_name = "gpt2-small"
+    save_autoencoder(saved, tmp_path / "other")
+    load_autoencoder(str(tmp_path / "other"), make_model(), 1)
+    assert "was trained on gpt2-small" in caplog.text
+    caplog.clear()
+    model = make_model()
+    model.name = "openai-community/gpt2"
+    load_autoencoder(str(tmp_path / "other"), model, 1)
+    assert not caplog.text
+
+
 def test_errors(make_model: Any, tmp_path: Path) -> None:
     A = planted()[0]
     for change, message in (

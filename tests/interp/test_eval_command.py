@@ -84,6 +84,35 @@ def test_it_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["method"] for row in report["detection"]["0"]] == ["snmf", "diffmeans", "neuron"]
 
 
+def test_interrupted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says where hours of work lie, though no option names the folder."""
+    real, made = rivals.steer_concept, []
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        if made:
+            raise KeyboardInterrupt
+        made.append(args[4])
+        return real(*args, **options)
+
+    monkeypatch.setattr(rivals, "steer_concept", interrupted)
+    monkeypatch.chdir(tmp_path)
+    options = (
+        "--texts", folder / "texts.json", "--layers", "0", "--concepts", "days", "--against", "random", *SHORT,
+    )  # fmt: skip
+    result = snmf("eval", folder / "model", *options)
+    assert result.exit_code == 130
+    message = " ".join(result.stderr.split())
+    assert (
+        "results/model-eval keeps 1 finished shard of activations and 1 finished attempt to steer;" in message
+    )
+    assert "the same command goes on from there" in message
+    monkeypatch.setattr(
+        rivals, "steer_concept", lambda *args, **options: made.append("again") or real(*args, **options)
+    )
+    assert snmf("eval", folder / "model", *options).exit_code == 0
+    assert made == ["days", "again"]
+
+
 def test_other_options_are_refused(run: Path) -> None:
     result = snmf("eval", run, "--concepts", "days", *SHORT, "--seed", 1)
     assert result.exit_code == 2
@@ -194,6 +223,8 @@ class TestDetect:
                     "neutral": [f"the {word} sat" for word in ("mat", "rug", "cat", "dog", "big mat")],
                 }
                 return completion(json.dumps(sentences))
+            if "Monday" not in question and "red" in question:
+                return completion("well, hard to say")
             return completion('{"label": "days"}' if "Monday" in question else '{"label": null}')
 
         with serve(answer) as endpoint:
@@ -205,3 +236,16 @@ class TestDetect:
             result = snmf("detect", run, *options)
         assert result.exit_code == 0, result.output
         assert "S_CD is above 0" in result.stdout
+        assert "without an answer to the question for a label" in " ".join(result.stdout.split())
+        with serve(answer) as endpoint:
+            options = (*options[:-1], endpoint.url, "--limit", 9, "--json")
+            row = json.loads(snmf("detect", run, *options).stdout)["sentences"]["0"]
+        assert (row["asked"], row["of"]) == (9, 12)
+        assert row["no_label"] > 0
+        assert row["features"] + row["no_label"] + row["no_concept"] + row["no_sentences"] == 9
+        assert row["features"] == len(row["scores"]) > 0
+        labels = [
+            json.loads(line)
+            for line in (run / "layer_0" / "labels" / "scripted.jsonl").read_text().splitlines()
+        ]
+        assert {label["text"] for label in labels} == {"days", None}

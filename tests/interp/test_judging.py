@@ -245,7 +245,8 @@ class TestDetection:
         there = detect_sentences(factors, model, 1, [self.DAYS])
         back = detect_sentences(factors, model, 1, [swapped])
         assert float(there.scores) == pytest.approx(-float(back.scores))
-        assert all(value != value for value in there.interval)
+        # One of one says little.
+        assert there.interval == (pytest.approx(0.207, abs=1e-3), 1)
 
     def test_all_missing(self, planted: tuple[LanguageModel, Factors]) -> None:
         result = detect_sentences(planted[1], planted[0], 1, [Sentences(1, 0, "x", (), (), "time-out")])

@@ -111,6 +111,7 @@ def test_busy_and_broken_servers_are_asked_again() -> None:
 
 BAD: dict[str, tuple[Reply, str]] = {
     "not JSON": ((200, {}, b'{"choices": [{'), "not JSON"),
+    "not UTF-8": ((200, {}, b'{"choices": [{"x": "\xff\xfe"}]}'), "not JSON in UTF-8"),
     "a web page": ((200, {"Content-Type": "text/html"}, b"<html>log in</html>"), "no chat completion: <html>"),
     "no choices": (completion("x", choices=[]), "no chat completion"),
     "null choices": (completion("x", choices=None), "no chat completion"),
@@ -272,7 +273,58 @@ def test_interrupt_cancels_what_is_under_way(tmp_path: Path) -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
+def test_half_a_surrogate_pair_is_an_answer(tmp_path: Path) -> None:
+    reply = (200, {}, json.dumps(completion("x")[2]).replace('"x"}', r'"so \ud83d \u00e4"}').encode())
+    with serve(lambda *_: reply) as endpoint:
+        asker = model(endpoint, cache=tmp_path)
+        assert [a.text for a in asker.ask(questions("one"))] == ["so ? ä"]
+        assert [a.text for a in asker.ask(questions("one"))] == ["so ? ä"]
+        assert len(endpoint.received) == 1
+
+
+def test_fields_that_openai_does_not_know_are_sent() -> None:
+    parameters = {
+        "top_k": 20,
+        "chat_template_kwargs": {"enable_thinking": False},
+        "extra_body": {"min_p": 0.1},
+    }
+    with serve(echo) as endpoint:
+        assert model(endpoint, parameters=parameters).ask(questions("one"))[0].text == "ONE"
+    assert endpoint.received[0]["top_k"] == 20
+    assert endpoint.received[0]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert endpoint.received[0]["min_p"] == 0.1
+    assert endpoint.received[0]["temperature"] == 0
+
+
+def test_an_answer_that_was_cut_off_among_several_is_missing(tmp_path: Path) -> None:
+    """A judge that thinks aloud has weighed scores, and given none."""
+    weighing = 'I could say {"score": 0} or {"score": 2}. The text'
+    cut = completion(weighing)[2]
+    cut["choices"][0]["finish_reason"] = "length"
+    with serve(lambda *_: (200, {}, cut)) as endpoint:
+        asker = model(endpoint, cache=tmp_path)
+        for _ in range(2):  # the second time from the cache
+            (parsed,) = ask_json(asker, questions("one"), dict, repairs=0)
+            assert parsed.value is None
+            assert "cut off among several" in str(parsed.reason)
+    with serve(lambda *_: completion(weighing)) as endpoint:
+        (parsed,) = ask_json(model(endpoint), questions("one"), dict, repairs=0)
+        assert parsed.value == {"score": 2}
+
+
 class TestJSON:
+    def test_thoughts_are_no_answer(self) -> None:
+        for text in (
+            '<think>{"a": 0} or {"a": 1}',
+            '{"a": 0} it seems</think>',
+            '<think>x</think>{"b"<think>{"a": 0}',
+        ):
+            with pytest.raises(ValueError, match="wanted a JSON object"):
+                find_object(text)
+        assert find_object('{"a": 0} it seems</think> {"a": 1}') == {"a": 1}
+        assert find_object('{"a": 1} since', cut_off=True) == {"a": 1}
+        assert find_object('{"a": 1} since {"a": 1}', cut_off=True) == {"a": 1}
+
     def test_found_among_words(self) -> None:
         assert find_object('Sure!\n```json\n{"a": {"b": 1}}\n```') == {"a": {"b": 1}}
         assert find_object('<think>{"a": 0}</think> like {"a": …}: {"a": 2}. Done }') == {"a": 2}
@@ -335,6 +387,17 @@ class TestLocal:
         other = LocalModel(make_network("mistral"), make_tokenizer(), cache=tmp_path, progress=False)
         other.ask(requests)
         assert other.usage.cached == 0
+
+    def test_answers_are_cut_off_where_their_tokens_end(self, network: Any, tmp_path: Path) -> None:
+        request = Request.of("the cat", max_tokens=4)
+        asker = LocalModel(network, make_tokenizer(), cache=tmp_path, progress=False)
+        for _ in range(2):
+            (answer,) = asker.ask([request])
+            assert answer.cut_off == (answer.completion_tokens == 4)
+        (longer,) = LocalModel(network, make_tokenizer(), max_tokens=9, progress=False).ask([request])
+        assert 4 < longer.completion_tokens <= 9
+        with pytest.raises(ValueError, match="max_tokens: wanted at least 1"):
+            LocalModel(network, make_tokenizer(), max_tokens=0)
 
     def test_what_does_not_fit_is_missing(self, network: Any) -> None:
         asker = LocalModel(network, make_tokenizer(), progress=False)
