@@ -34,6 +34,7 @@ class ImmediateEffect:
 
     Attributes:
         target: the divergence aimed at on the choosing prompts, in nats.
+        reached: whether it was, there; else all is at the largest that was found.
         sign: the one under which ``shift`` is larger on the choosing prompts, of those that were tried.
         kl: the divergence on the reporting prompts, in nats.
         shift: the change of the words' logits, less the mean change of words that were as likely without steering;
@@ -43,6 +44,7 @@ class ImmediateEffect:
     """
 
     target: float
+    reached: bool
     sign: int
     kl: float
     shift: float
@@ -137,6 +139,7 @@ class ImmediateMeter:
             effects.append(
                 ImmediateEffect(
                     target,
+                    best.reached,
                     best.sign,
                     float(found.kl[at]),
                     float(found.shifts[at, own].mean()),

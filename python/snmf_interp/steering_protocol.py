@@ -163,6 +163,7 @@ class Cell:
         target, sign, strength, kl, reached: see :class:`snmf_interp.Strength`.
         scores: by scorer the mean score of its texts, None if none could be scored.
         texts: the continuations without their prompts; empty where the strength is that of an earlier cell.
+        missing: by scorer the share of its texts without a score.
     """
 
     target: float
@@ -172,6 +173,7 @@ class Cell:
     reached: bool
     scores: dict[str, float | None]
     texts: tuple[str, ...] = ()
+    missing: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -230,10 +232,16 @@ class SteeringRecord:
     made_by: dict[str, str] = field(default_factory=dict)
 
     def is_by(self, scorers: Sequence[Scorer]) -> bool:
-        """Whether these scorers, and this version of the protocol, have made it, and each could score it."""
+        """Whether these scorers, and this version of the protocol, have made it, and no score is missing."""
         return self.made_by.get("protocol") == VERSION and all(
-            self.made_by.get(scorer.name) == scorer.identity and scorer.name in self.results
+            self.made_by.get(scorer.name) == scorer.identity and self._is_complete(scorer.name)
             for scorer in scorers
+        )
+
+    def _is_complete(self, scorer: str) -> bool:
+        outcome = self.results.get(scorer)
+        return (
+            outcome is not None and not outcome.missing and not any(c.missing.get(scorer) for c in self.cells)
         )
 
 
@@ -309,8 +317,8 @@ def steer_concept(
             strict=True,
         )
     )
-    scores = {
-        strength: {scorer.name: mean_score(scorer.score(texts[strength], concept)) for scorer in scorers}
+    scored = {
+        strength: {scorer.name: scorer.score(texts[strength], concept) for scorer in scorers}
         for strength in distinct
     }
     cells, shown = [], set()
@@ -318,9 +326,14 @@ def steer_concept(
         fresh = one.strength not in shown
         shown.add(one.strength)
         kept = tuple(text.text for text in texts[one.strength]) if fresh else ()
+        own = scored[one.strength]
         cells.append(
-            Cell(one.target, one.sign, one.strength, one.kl, one.reached, scores[one.strength], kept)
-        )
+            Cell(
+                one.target, one.sign, one.strength, one.kl, one.reached,
+                {name: mean_score(found) for name, found in own.items()}, kept,
+                {name: _missing(found) for name, found in own.items()},
+            )
+        )  # fmt: skip
     best = {scorer.name: cell for scorer in scorers if (cell := _best(cells, scorer.name)) is not None}
     wanted = list(dict.fromkeys(cell.strength for cell in best.values()))
     reported = dict(

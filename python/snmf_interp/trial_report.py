@@ -59,6 +59,7 @@ class ImmediateSummary:
         method: its name.
         target: the divergence aimed at, in nats.
         n: pairs of concept and layer.
+        reached: the share of them for which the divergence was reached.
         shift, others, log_probability, kl: see :class:`snmf_interp.ImmediateEffect`.
         lead: by how much the first method's shift is above this one's, paired by concept; None for the first.
     """
@@ -66,6 +67,7 @@ class ImmediateSummary:
     method: str
     target: float
     n: int
+    reached: float
     shift: Interval
     others: Interval
     log_probability: Interval
@@ -140,15 +142,16 @@ def summarise_immediate(
         shared = _shared(records, [next((e for e in own if e.target == target), None) for own in effects])
         first = _by_concept(shared, methods[0], attrgetter("shift"))
         for method in methods:
-            shift, others, log_probability, kl = (
+            reached, shift, others, log_probability, kl = (
                 _by_concept(shared, method, attrgetter(name))
-                for name in ("shift", "others", "log_probability", "kl")
+                for name in ("reached", "shift", "others", "log_probability", "kl")
             )
             lead = None if method == methods[0] else Interval.of(first - shift, confidence=confidence)
             row = ImmediateSummary(
                 method,
                 target,
                 len(shared),
+                float(reached.mean()),
                 Interval.of(shift, confidence=confidence),
                 Interval.of(others, confidence=confidence),
                 Interval.of(log_probability, confidence=confidence),
@@ -192,20 +195,23 @@ def _missing(records: Sequence[SteeringRecord], scorer: str) -> float:
 
 
 def curves(records: Sequence[SteeringRecord], scorer: str = "words") -> dict[str, dict[float, float]]:
-    """For each method the mean score of the choosing half's texts by target, the better sign of each concept."""
-    sums: dict[str, dict[float, list[float]]] = {}
-    for record in records:
-        best: dict[float, float] = {}
-        for cell in record.cells:
-            score = cell.scores.get(scorer)
-            if score is not None:
-                best[cell.target] = max(score, best.get(cell.target, 0.0))
-        for target, score in best.items():
-            sums.setdefault(record.method, {}).setdefault(target, []).append(score)
-    return {
-        method: {target: sum(values) / len(values) for target, values in sorted(by_target.items())}
-        for method, by_target in sums.items()
-    }
+    """For each method the mean score of the choosing half's texts by target, at the sign that was chosen.
+
+    Over the pairs of layer and concept of :func:`summarise_steering`, each concept the mean over its layers.
+    """
+    cells = [
+        {cell.target: cell for cell in record.cells if cell.sign == outcome.sign}
+        if (outcome := record.results.get(scorer)) is not None and outcome.gain is not None
+        else None
+        for record in records
+    ]
+    shared = _shared(records, cells)
+    found: dict[str, dict[float, float]] = {}
+    for method in dict.fromkeys(record.method for record in records):
+        for target in sorted({target for own in cells for target in own or ()}):
+            means = _by_concept(shared, method, lambda own, target=target: own[target].scores[scorer])  # type: ignore[misc]
+            found.setdefault(method, {})[target] = float(means.nanmean())
+    return found
 
 
 def of_layer(

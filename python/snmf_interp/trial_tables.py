@@ -96,16 +96,25 @@ def show_immediate(screen: Console, title: str, rows: Sequence[ImmediateSummary]
     for method in dict.fromkeys(row.method for row in rows):
         own = [at[method, target] for target in targets]
         cells = [
-            Text(_signed(row.shift.value), "" if row.shift.low > 0 or row.shift.high < 0 else "dim")
+            Text(
+                _signed(row.shift.value) + "*" * (row.reached < 1),
+                "" if row.shift.low > 0 or row.shift.high < 0 else "dim",
+            )
             for row in own
         ]
         table.add_row(method, *cells, _signed(own[-1].others.value))
     screen.print(table)
+    least = min(rows, key=lambda row: row.reached)
+    unreached = (
+        f". * Not reached for all: {least.method} reached {least.target:g} nats for {least.reached:.0%} of the pairs"
+        if least.reached < 1
+        else ""
+    )
     screen.print(
         Text(
             f"{rows[0].n} pairs of concept and layer. By how much the logits of the concept's words rise above those "
             "of words that were as likely, on the reporting prompts; grey where the 95 % interval holds 0. Other "
-            f"concepts: the control, their words' rise at {targets[-1]:g} nats",
+            f"concepts: the control, their words' rise at {targets[-1]:g} nats{unreached}",
             style="dim",
         )
     )

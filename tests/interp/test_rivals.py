@@ -167,9 +167,24 @@ class TestPlanted:
         assert all(cell.scores == {"words": None} for cell in record.cells)
         rows = summarise_steering([record])
         assert (rows[0].n, rows[0].dropped, rows[0].missing) == (0, 1, 1.0)
+
+        class Patchy(Words):
+            """Has no score of every third text."""
+
+            def score(self, texts: Sequence[Continuation], *args: Any, **options: Any) -> list[Any]:
+                known = super().score(texts, *args, **options)
+                return [
+                    Judgement(None, None, "time-out") if i % 3 == 0 else one for i, one in enumerate(known)
+                ]
+
+        (record,) = silent.steer(0, [Patchy()], ("days",))
+        assert record.results["words"].missing == pytest.approx(3 / 8)
+        assert all(cell.missing == {"words": 0.5} for cell in record.cells)
+        assert not record.is_by([Words()])
         # An endpoint that answers again.
         (record,) = silent.steer(0, [Words()], ("days",))
         assert record.results["words"].missing == 0
+        assert record.is_by([Words()])
 
     def test_records_survive_json(self, records: list[SteeringRecord]) -> None:
         from dataclasses import asdict
@@ -198,6 +213,7 @@ class TestPlanted:
             assert chance.lead is not None
             assert chance.lead.value == pytest.approx(ours.shift.value - chance.shift.value)
             assert chance.lead.low > 0
+            assert ours.reached == 1
         assert rows["snmf", 0.8].shift.value > rows["snmf", 0.2].shift.value
 
     def test_the_next_token_is_that_of_the_reporting_prompts(
@@ -261,7 +277,16 @@ class TestPlanted:
         assert len(content["pairs"]) == len(records) == 12
         assert content["steering"]["words"]["all"][0]["method"] == "snmf"
         assert len(content["immediate"]["all"]) == 4 * len(PROTOCOL.targets)
-        assert set(curves(records)["snmf"]) == set(PROTOCOL.targets)
+        points = curves(records)
+        assert set(points["snmf"]) == set(PROTOCOL.targets)
+        scores = [
+            cell.scores["words"]
+            for one in records
+            if one.method == "random"
+            for cell in one.cells
+            if (cell.target, cell.sign) == (0.8, one.results["words"].sign)
+        ]
+        assert points["random"][0.8] == pytest.approx(sum(map(float, scores)) / 3)  # type: ignore[arg-type]
         draw(tmp_path / "figure.png", detection, records, effects, "words", "a title")
         draw(tmp_path / "detection.png", detection, [], [], "words", "a title")
         assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
