@@ -26,5 +26,10 @@ StartOption = Annotated[
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")]
 TrustOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let the Hub repository run its own code.")
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        envvar="SNMF_TRUST_REMOTE_CODE",
+        help="Let the Hub repository run its own code. Commands on a run of such a model ask for the variable too.",
+    ),
 ]

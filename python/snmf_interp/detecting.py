@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -50,6 +50,19 @@ class ConceptDetection:
     detection: Detection
     hard_auroc: Tensor
     s_cd: Tensor
+
+    def by_concept(self) -> list[dict[str, Any]]:
+        """A row of plain values for each concept: the direction that was chosen, and its scores."""
+        found = self.detection
+        columns = {
+            "direction": found.feature, "train_auroc": found.train_auroc, "auroc": found.auroc,
+            "hard_auroc": self.hard_auroc, "probe_accuracy": found.probe_accuracy, "s_cd": self.s_cd,
+        }  # fmt: skip
+        values = zip(*(column.tolist() for column in columns.values()), strict=True)
+        return [
+            {"concept": name} | dict(zip(columns, row, strict=True))
+            for name, row in zip(found.names, values, strict=True)
+        ]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Neurons scored at once: bounds the copy of [tokens, neurons] and the ranks of [2 · neurons, texts].
 _NEURONS = 256
+# The ε of S_CD.
+EPS = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,7 +291,7 @@ def best_neurons(
     return best
 
 
-def concept_detection_score(activating: Tensor, neutral: Tensor, *, eps: float = 1e-6) -> Tensor:
+def concept_detection_score(activating: Tensor, neutral: Tensor, *, eps: float = EPS) -> Tensor:
     """The paper's score, ``S_CD = log((mean activating + eps) / (mean neutral + eps))``.
 
     Source: Shafran, Geiger & Geva (arXiv:2506.10920), where both are a feature's scores of sentences (the

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import time
 from collections import Counter
@@ -64,12 +63,7 @@ def label(
         raise FileNotFoundError(f"{run} has no factorised layer yet: `snmf fit {run}`")
     llm = llm_options.chosen(opened.answers, model, base_url, local, concurrency, parameter, device)
     screen = terminal.console()
-
-    @functools.cache
-    def load() -> Any:
-        with terminal.waiting(f"loading {opened.config['model']['name']}"):
-            return opened.load_model(device=device)
-
+    load = terminal.loader(opened, device)
     reasons: Counter[str] = Counter()
     asked = 0
     for number in chosen:

@@ -61,7 +61,7 @@ def report(
         @functools.cache
         def load() -> LanguageModel:
             say(f"loading {name}")
-            loaded = opened.load_model(device=device)
+            loaded = terminal.load_model_of(opened, device)
             say("describing features")
             return loaded
 

@@ -12,6 +12,7 @@ in ``DIR/eval`` and is not done again:
     unsteered.json                   the texts that steered ones are compared with
     layer_6/snmf.safetensors         the factorisation of the training texts; others beside it
     layer_6/sae-10/                  an autoencoder, as SAELens writes it
+    layer_6/detection.json           of each method and concept the direction and its held-out scores
     layer_6/matches.json             each method's best detectors of each concept, and how it detects
     layer_6/steering/METHOD/CONCEPT.json
     layer_6/immediate/METHOD/CONCEPT.json
@@ -37,10 +38,11 @@ from . import files
 from .autoencoders import AutoencoderDictionary, load_autoencoder, save_autoencoder, train_autoencoder
 from .detecting import ConceptDetection, detect_concepts, hard_negatives
 from .dictionaries import NeuronDictionary, difference_of_means, features, random_groups
-from .evaluation import auroc, shuffle_labels, split_texts
+from .evaluation import EPS, auroc, shuffle_labels, split_texts
 from .generation import Continuation
 from .immediate import VERSION as IMMEDIATE_VERSION
 from .immediate import ImmediateEffect, ImmediateMeter, Vocabulary
+from .runs import versions
 from .steering_protocol import Protocol, SteeringRecord, Unsteered, record_from_json, steer_concept, unsteered
 from .text_scoring import Scorer, concept_words
 from .texts import read_texts
@@ -145,6 +147,7 @@ class Trial:
         del wanted["against"], wanted["sae"]
         if not steering and not (folder / "plan.json").is_file():
             wanted["protocol"] = None
+        there: dict[str, Any] = {}
         if (folder / "plan.json").is_file():
             there = files.read_versioned(folder / "plan.json", FORMAT)
             if not steering:
@@ -160,8 +163,9 @@ class Trial:
                 )
             if differing:
                 shutil.rmtree(folder)
+                there = {}
         folder.mkdir(exist_ok=True)
-        files.write_json(folder / "plan.json", wanted)
+        files.write_json(folder / "plan.json", wanted | {"versions": there.get("versions", versions())})
         return cls(run, model, plan, folder)
 
     @cached_property
@@ -245,9 +249,13 @@ class Trial:
                 )
         if "permuted" in self.plan.against:
             rows.append(permuted)
-        path = self.folder / f"layer_{layer}" / "matches.json"
+        folder = self.folder / f"layer_{layer}"
+        path = folder / "matches.json"
         there = files.read_versioned(path, FORMAT)["matches"] if path.is_file() else {}
         files.write_json(path, {"format": FORMAT, "matches": there | matches})
+        methods = {row.method: row.by_concept() for row in rows}
+        content = {"format": FORMAT, "versions": versions(), "eps": EPS, "methods": methods}
+        files.write_json(folder / "detection.json", files.finite(content))
         return rows
 
     def steer(
@@ -427,7 +435,7 @@ def bundled_words() -> dict[str, tuple[str, ...]]:
 def collect_run(
     folder: Path, model: LanguageModel, layers: str, source: str = "concepts", **options: Any
 ) -> Run:
-    """The run in a folder, collected if it is not there or lacks a layer; see :meth:`Run.collect`."""
+    """The run in a folder, collected if it is not there or not finished; see :meth:`Run.collect`."""
     from .runs import Run
 
     return Run.collect(folder, model, read_texts(source), layers, texts=source, **options)

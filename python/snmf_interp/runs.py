@@ -429,8 +429,14 @@ class Run:
             files.write_json(path, {"format": FORMAT, "texts": texts})
         return {int(i): text for i, text in files.read_versioned(path, FORMAT)["texts"].items()}
 
-    def load_model(self, *, device: str | None = None) -> LanguageModel:
-        """Load the model that the run was collected from, as it was loaded then."""
+    def load_model(self, *, device: str | None = None, trust_remote_code: bool = False) -> LanguageModel:
+        """Load the model that the run was collected from, as it was loaded then.
+
+        Args:
+            device: where.
+            trust_remote_code: let transformers run code from the Hub repository. A run does not remember that: it
+                may come from somebody else.
+        """
         import torch
 
         from .models import load_model
@@ -443,6 +449,7 @@ class Run:
             dtype=getattr(torch, self.config["collect"]["model_dtype"]),
             revision=record.get("revision"),
             start_token=self.config["collect"]["start_token"],
+            trust_remote_code=trust_remote_code,
         )
 
     def features_path(self, layer: int) -> Path:

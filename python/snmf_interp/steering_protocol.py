@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .generation import Continuation, generate
+from .runs import versions
 from .steering import Intervention, steer
 from .strengths import KL_TARGETS, PROMPTS, Meter, next_token, solve_strengths
 from .text_scoring import Scorer, TextScore, mean_score
@@ -219,7 +220,7 @@ class SteeringRecord:
         chosen: the index of the one taken.
         cells: each divergence and sign on the choosing prompts.
         results: by scorer; a scorer that could score nothing has none.
-        made_by: the protocol's version, and the identity of each scorer.
+        made_by: the protocol's version, the identity of each scorer, and the versions of packages.
     """
 
     layer: int
@@ -358,7 +359,8 @@ def steer_concept(
         for scorer in scorers
         if scorer.name in best
     }
-    made_by = {"protocol": VERSION} | {scorer.name: scorer.identity for scorer in scorers}
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    made_by = {"protocol": VERSION, "packages": packages} | {s.name: s.identity for s in scorers}
     return SteeringRecord(
         layer, dictionary.name, concept, tuple(considered), chosen.index, tuple(cells), results, made_by
     )

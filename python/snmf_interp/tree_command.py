@@ -11,7 +11,7 @@ from rich.text import Text
 from . import terminal
 
 if TYPE_CHECKING:
-    from .models import LanguageModel
+    pass
 
 
 def tree(
@@ -89,13 +89,7 @@ def tree(
         screen.print(Text(line, style="dim"))
     descriptions = None
     if describe:
-        name = opened.config["model"]["name"]
-
-        def load() -> LanguageModel:
-            with terminal.waiting(f"loading {name}"):
-                return opened.load_model(device=device)
-
-        descriptions = opened.descriptions(layer, load)
+        descriptions = opened.descriptions(layer, terminal.loader(opened, device))
     graph = build_tree(hierarchy, threshold=threshold, most=most, descriptions=descriptions)
     coarsest = [place for place in graph.roots if place[0] == len(sizes) - 1]
     shown = coarsest[: top or None]

@@ -245,6 +245,7 @@ def as_json(
             "method": record.method,
             "concept": record.concept,
             "direction": record.chosen,
+            "made_by": record.made_by,
             "results": {
                 name: {key: value for key, value in asdict(outcome).items() if key != "texts"}
                 | {"gain": outcome.gain}

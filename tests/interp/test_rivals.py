@@ -100,6 +100,8 @@ class TestPlanted:
     def test_detection_finds_it_and_chance_does_not(self, trial: Trial) -> None:
         rows = {row.method: row for row in summarise(trial.detect(0))}
         assert list(rows) == ["snmf", "diffmeans", "neuron", "random", "permuted"]
+        assert rows["random"].lead is not None
+        assert rows["random"].lead.low > 0
         for name in ("snmf", "diffmeans", "neuron"):
             assert rows[name].auroc.value == pytest.approx(1)
             assert rows[name].hard_auroc.value == pytest.approx(1)
@@ -110,6 +112,20 @@ class TestPlanted:
         assert rows["snmf"].size == 12
         assert rows["diffmeans"].size == 1
         assert rows["neuron"].size == 2 * WIDTH
+
+    def test_what_is_kept_of_it(self, trial: Trial) -> None:
+        rows = trial.detect(0)
+        kept = json.loads((trial.folder / "layer_0" / "detection.json").read_text())
+        assert kept["eps"] == 1e-6
+        assert set(kept["methods"]) == {row.method for row in rows}
+        for row in rows:
+            for i, entry in enumerate(kept["methods"][row.method]):
+                assert entry["concept"] == row.detection.names[i]
+                assert entry["direction"] == int(row.detection.feature[i])
+                assert entry["auroc"] == float(row.detection.auroc[i])
+                assert entry["s_cd"] == float(row.s_cd[i])
+        versions = json.loads((trial.folder / "plan.json").read_text())["versions"]
+        assert versions["torch"] == torch.__version__
 
     def test_steering_finds_it_and_chance_does_not(self, records: list[SteeringRecord]) -> None:
         rows = {row.method: row for row in summarise_steering(records)}
