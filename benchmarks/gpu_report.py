@@ -211,13 +211,16 @@ def tile_passes():
             }
             try:
                 for tile_bytes in tile_sizes:
-                    tile_pass.PASS = dataclasses.replace(committed, tile_bytes=tile_bytes)
+                    tile_pass.PASS = dataclasses.replace(committed, tile_bytes=tile_bytes, busy_programs=0)
                     name = "whole" if tile_bytes == 1 << 40 else f"{tile_bytes >> 20}MB"
                     facts |= timed(name, fused, repeat=7)
             finally:
                 tile_pass.PASS = committed
-            fused()
+            facts |= timed("committed", fused, repeat=7)
+            result = fused()
             facts["error"] = error_of(out[:, few], exact)
+            if wanted == "all":
+                facts["error_AYt"] = error_of(result.AYt, out.double() @ A.double().T)
             if n < 50_000:  # as many blocks of few tokens take seconds
                 composed = functools.partial(
                     reference.coefficient_pass, Y, Z, A, ZtZ, multiplicative=True, **options

@@ -47,7 +47,8 @@ class _Reading:
             self._host = torch.empty(number.shape, dtype=number.dtype, device="cpu", pin_memory=True)
             self._host.copy_(number, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            # Not the current device's stream: A may lie on another.
+            self._event.record(torch.cuda.current_stream(number.device))
         else:
             self._host = number.clone()
 

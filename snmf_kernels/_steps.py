@@ -96,6 +96,7 @@ class Steps:
         self._runs: dict[str, int] = {}
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
+        self._side: torch.cuda.Stream | None = None
 
     def state(self, *, Y: Tensor, YYt: Tensor) -> State:
         """The state of a fit that starts from Y."""
@@ -117,14 +118,26 @@ class Steps:
         # Not torch.cuda.graph, which waits for the device and collects garbage first: longer than many fits take.
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._device)
-        side = torch.cuda.Stream(self._device)
+        # One for all kinds, whose graphs never run side by side, so that they can share memory.
+        side = self._side = self._side or torch.cuda.Stream(self._device)
         side.wait_stream(current)
+        _forget_workspaces()
         with torch.cuda.stream(side):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 step()
             finally:
                 graph.capture_end()
+                _forget_workspaces()
         current.wait_stream(side)
         self._pool = graph.pool()
         return graph
+
+
+def _forget_workspaces() -> None:
+    """Lets cuBLAS take a new workspace for each stream.
+
+    torch keeps one for each, and there are 32 streams in all: a graph with the workspace of a stream that another fit
+    has later would write into what that fit is reading. Between two calls of this, a graph's is in its own memory.
+    """
+    torch._C._cuda_clearCublasWorkspaces()

@@ -16,7 +16,10 @@ from ._data import DataMatrix
 KMEANS_ITERATIONS = 5
 _LEAST_SAMPLE, _SAMPLE_PER_CLUSTER = 2000, 10  # tokens that k-means looks at
 _LEAST_CANDIDATES, _CANDIDATES_PER_CLUSTER = 500, 2  # and those of them that may be its seeds
-_PART_ELEMENTS = 1 << 18  # of the sampled tokens are held at a time
+# Elements of the sampled tokens that are held at a time: a CPU's stay in cache; on a GPU each part costs launches, and
+# 8 MB are little beside the A of a model.
+_PART_ELEMENTS = {"cpu": 1 << 18}
+_GPU_PART_ELEMENTS = 1 << 21
 FLOOR = 1e-6  # the paper's: multiplicative updates cannot leave an exact zero
 # Drawn on the CPU in float32, so that a seed means the same start on every device, in every dtype, and whatever
 # torch's own defaults are.
@@ -95,7 +98,7 @@ def kmeans_centroids(
     sample = sample[: max(_LEAST_SAMPLE, _SAMPLE_PER_CLUSTER * clusters)]
     size = len(sample)
     candidates = sample[: max(_LEAST_CANDIDATES, _CANDIDATES_PER_CLUSTER * clusters)]
-    width = max(16, _PART_ELEMENTS // data.d)
+    width = max(16, _PART_ELEMENTS.get(data.device.type, _GPU_PART_ELEMENTS) // data.d)
     seeds = _seeds(data, candidates.split(width), clusters, generator)
     centroids = _directions_(data.columns(candidates[seeds]))
     similarity = torch.empty(size, dtype=data.dtype, device=data.device)
@@ -107,13 +110,24 @@ def kmeans_centroids(
             part = slice(start, min(start + width, size))
             tokens = _directions_(data.columns(sample[part]))  # [d, part]
             similarity[part], label = (centroids.T @ tokens).max(0)
-            sums.index_add_(1, label, tokens)
-            members += torch.bincount(label, minlength=clusters)
+            _add_to_clusters(sums, members, label, tokens)
             del tokens
         empty = (members == 0).nonzero()[:, 0]
         sums[:, empty] = data.columns(sample[similarity.argsort(stable=True)[: len(empty)]])
         centroids = _directions_(sums)
     return centroids
+
+
+def _add_to_clusters(sums: Tensor, members: Tensor, label: Tensor, tokens: Tensor) -> None:
+    """Adds tokens ``[d, m]`` to the sums ``[d, clusters]`` of their clusters, and counts them."""
+    if tokens.device.type == "cpu":
+        sums.index_add_(1, label, tokens)
+        members += torch.bincount(label, minlength=len(members))
+        return
+    # On a GPU these two add in any order, so that no two fits have the same bits, and wait for the device.
+    joins = (label[:, None] == torch.arange(len(members), device=label.device)).to(tokens.dtype)
+    sums.addmm_(tokens, joins)
+    members += joins.sum(0)
 
 
 def _seeds(data: DataMatrix, parts: Sequence[Tensor], clusters: int, generator: torch.Generator) -> Tensor:

@@ -139,7 +139,7 @@ def coefficient_pass(
             some, ``"all"`` for the whole ``[k, d]``, or None.
         measure: whether ``violation``, the distance from the optimality conditions, is wanted.
         residual: whether ``residual`` and ``data``, ``‖A − Z Y‖²`` and ``‖A‖²``, are wanted.
-        backend: ``"auto"``, ``"cpp"``, ``"triton"`` (up to 256 features, no ``max_active``) or ``"torch"``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"`` (up to 1,024 features, no ``max_active``) or ``"torch"``.
 
     Returns:
         The new coefficients ``[k, n]``, the arguments being left as they are, and a

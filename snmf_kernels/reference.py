@@ -301,16 +301,35 @@ def ridge_solve(
         of the pivot that was not positive at the last try, and that system's X is NaN then.
     """
     lower, identity = G.tril(), torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
-    factor, info = torch.linalg.cholesky_ex(lower + ridge * identity)
-    for step in range(1, escalations + 1):
-        failed = info > 0
-        # Elsewhere the question would wait for the device, and all ridges are tried.
-        if failed.device.type == "cpu" and not bool(failed.any()):
-            break
-        raised = escalated_ridge(G, ridge, floor, torch.full_like(info, step))
-        again, info_again = torch.linalg.cholesky_ex(lower + raised[:, None, None] * identity)
-        factor = torch.where(failed[:, None, None], again, factor)
-        info = torch.where(failed, torch.where(info_again > 0, info_again, -step), info)
+
+    def factorised(steps: range) -> tuple[Tensor, Tensor]:
+        """Factors ``[steps, batch, k, k]`` after so many escalations, and their first bad pivots."""
+        ridges = [
+            escalated_ridge(G, ridge, floor, torch.full((len(G),), step, device=G.device)) for step in steps
+        ]
+        factors, info = torch.linalg.cholesky_ex(lower + torch.stack(ridges)[..., None, None] * identity)
+        # Not every library says that it met NaN.
+        bad = ~(torch.diagonal(factors, dim1=-2, dim2=-1) > 0)
+        if bad.shape[-1]:
+            info = torch.where((info == 0) & bad.any(-1), 1 + bad.to(info.dtype).argmax(-1), info)
+        return factors, info
+
+    if G.device.type == "cpu":
+        (factor,), (info,) = factorised(range(1))
+        for step in range(1, escalations + 1):
+            failed = info > 0
+            if not bool(failed.any()):
+                break
+            (again,), (info_again,) = factorised(range(step, step + 1))
+            factor = torch.where(failed[:, None, None], again, factor)
+            info = torch.where(failed, torch.where(info_again > 0, info_again, -step), info)
+    else:
+        # To ask whether one has failed would wait for the device: all are tried, side by side.
+        factors, infos = factorised(range(escalations + 1))
+        taken = (infos > 0).to(torch.int64).cumprod(0).sum(0).clamp(max=escalations)
+        of = torch.arange(len(G), device=G.device)
+        factor, info = factors[taken, of], infos[taken, of]
+        info = torch.where(info > 0, info, -taken)
     X = torch.cholesky_solve(B, factor)
     return torch.where((info <= 0)[:, None, None], X, torch.nan), info.to(torch.int32)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,17 @@ def test_gpu_report_runs(tmp_path):
     }  # fmt: skip
     assert all(rows for rows in report["stages"].values())
     assert all(row["equal"] for row in report["stages"]["select"])
+
+
+def test_the_gpu_suite_fits_its_time():
+    """Where a GPU is lent, a command may take ten minutes."""
+    suite = (BENCHMARKS / "gpu_suite.sh").read_text()
+    subprocess.run(["bash", "-n", str(BENCHMARKS / "gpu_suite.sh")], check=True)
+    for part in ("check", "report"):
+        body = suite.split(f"{part}() {{")[1].split("\n}\n")[0]
+        limits = [int(limit) for limit in re.findall(r"stage \w+ (\d+) ", body)]
+        assert limits
+        assert sum(limits) < 590, part
 
 
 @pytest.mark.parametrize(

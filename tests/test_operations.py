@@ -458,7 +458,9 @@ def test_the_sums_of_a_pass_are_what_they_say(backend, device, weighted):
     assert float(sums.residual) == pytest.approx(float((w * (A - dense @ new).square()).sum()), rel=1e-13)
     assert_near(sums.AYt, Z.gather(((w * A) @ new.T).T.contiguous()), 1e-13)
     step = ((ZtZ @ new - P) / torch.diagonal(ZtZ)[:, None])[alive]
-    assert sums.violation == pytest.approx(float(torch.minimum(new[alive], step).square().sum()), rel=1e-12)
+    assert float(sums.violation) == pytest.approx(
+        float(torch.minimum(new[alive], step).square().sum()), rel=1e-12
+    )
     assert sums.violation > 1e-3, "not at the optimum, or the formula would not matter"
     # What was not asked for.
     _, bare = ops.coefficient_pass(Y, Z, A, ZtZ, backend=backend)
@@ -506,7 +508,7 @@ def test_max_active_keeps_the_largest_contributions(backend, device, most):
         order = sorted(range(9), key=lambda i: (-norms[i] * values[i], i))
         chosen = sorted(order[:most])
         dropped += int((before[order[most:], token] > 0).sum())
-        wanted = torch.zeros(9, dtype=torch.float64)
+        wanted = torch.zeros(9, dtype=torch.float64, device=device)
         # Coordinate descent over the chosen features alone.
         wanted[chosen] = reference.coordinate_descent(
             before[chosen, token : token + 1],
@@ -644,7 +646,7 @@ def test_each_column_is_the_best_of_all_sparse_columns(backend, device, d, k, co
         rest = A - new[:, :-1] @ Y[order[:-1]]
         best = torch.inf
         for support in itertools.combinations(range(d), count):
-            column = torch.zeros(d, dtype=torch.float64)
+            column = torch.zeros(d, dtype=torch.float64, device=device)
             for row in support:
                 column[row] = (rest[row] @ y) / (y @ y)
             best = min(best, float((rest - column[:, None] * y).square().sum()))

@@ -39,8 +39,9 @@ def run_pass(Y, Z, A, ZtZ, **options):
     return out, sums
 
 
-def small_tiles(monkeypatch, **replaced):
-    changed = dataclasses.replace(configs.PASS, **replaced)
+def small_tiles(monkeypatch):
+    """Tiles of 64 tokens."""
+    changed = dataclasses.replace(configs.PASS, tile_bytes=1, busy_programs=0)
     monkeypatch.setattr(tile_pass, "PASS", changed)
 
 
@@ -57,7 +58,7 @@ def test_tiles_of_a_pass_do_not_matter(monkeypatch, layout, multiplicative, kept
         "residual_values": Z.values,
     }
     whole_Y, whole = run_pass(Y, Z, A, ZtZ, **options)
-    small_tiles(monkeypatch, tile_bytes=1)  # 64 tokens
+    small_tiles(monkeypatch)
     got_Y, got = run_pass(Y, Z, A, ZtZ, **options)
     assert torch.equal(got_Y, whole_Y), "tokens are independent of each other"
     assert_same_sums(got, whole, PASS_TOLERANCE[torch.float32])
@@ -224,11 +225,11 @@ def _flat(result):
 
 
 # The schedule of a pass: d = 14,336 in bfloat16, 100 features.
-def plan(n=100_000, k=100, tile_bytes=configs.PASS.tile_bytes, gather=True, **options):
+def plan(n=100_000, k=100, tile_bytes=configs.PASS.tile_bytes, gather=True, busy_programs=0, **options):
     arguments = {
         "a_bytes": 2, "y_bytes": 4, "kept": 144, "gather": gather, "products": "all", "residual": False,
         "product": configs.PRODUCT[torch.float32, "bf16"], "sweep": configs.PASS.sweeps[torch.float32, False],
-        "programs": configs.PROGRAMS, "tile_bytes": tile_bytes,
+        "programs": configs.PROGRAMS, "tile_bytes": tile_bytes, "busy_programs": busy_programs,
     }  # fmt: skip
     return schedule.plan_pass(14_336, n, k, **arguments | options)
 
@@ -252,6 +253,26 @@ def test_a_pass_reads_the_activations_once(n, k, residual, kept, gather):
     assert covered[-1].stop == n
 
 
+@pytest.mark.parametrize("n", [7500, 100_000])
+def test_sweeps_keep_the_device_busy(n):
+    """As the table has it: programs enough for every multiprocessor, at the price of a second read where d is large."""
+    busy = configs.PASS.busy_programs
+    planned = plan(n, busy_programs=busy)
+    block = configs.PASS.sweeps[torch.float32, False].block_n
+    sizes = [
+        launch.tokens.stop - launch.tokens.start for launch in planned.launches if launch.kernel == "sweep"
+    ]
+    assert all(size >= busy * block for size in sizes[:-1])
+    assert len(sizes) == -(-n // (busy * block))
+    assert read_of_a(planned, 40 << 20) == 2 * 14_336 * n * 2
+    narrow = schedule.plan_pass(
+        256, n, 20, a_bytes=2, y_bytes=4, kept=3, gather=True, products="all", residual=False,
+        product=configs.PRODUCT[torch.float32, "bf16"], sweep=configs.PASS.sweeps[torch.float32, False],
+        programs=configs.PROGRAMS, tile_bytes=configs.PASS.tile_bytes, busy_programs=busy,
+    )  # fmt: skip
+    assert read_of_a(narrow, 40 << 20) == 256 * n * 2, "where such a tile fits the cache, it is read once"
+
+
 def test_the_schedules_model_can_fail():
     once = 14_336 * 100_000 * 2
     assert read_of_a(plan(), 8 << 20) == 2 * once, "a tile does not fit"
@@ -264,7 +285,7 @@ def test_the_schedules_model_can_fail():
 def test_the_launcher_follows_the_plan(monkeypatch):
     """Each launch of the plan is one of the kernels it names, in its order."""
     Y, Z, A, ZtZ = pass_problem(130, 140, 9, 4, torch.float32, DEVICE)
-    small_tiles(monkeypatch, tile_bytes=1)
+    small_tiles(monkeypatch)
     seen = []
     kernels = {
         "product": (products, "gather_product_kernel"),

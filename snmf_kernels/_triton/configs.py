@@ -73,12 +73,14 @@ class PassConfig:
 
     Attributes:
         max_k: most features it takes.
-        tile_bytes: what a tile of A may have.
+        tile_bytes: what a tile of A may have to stay in cache, and
+        busy_programs: of a sweep that keep the device busy; a tile has tokens for so many, even if it leaves the cache.
         sweeps: tiles of its sweeps, by dtype and whether they are multiplicative.
     """
 
     max_k: int
     tile_bytes: int
+    busy_programs: int
     sweeps: dict[tuple[torch.dtype, bool], SweepConfig]
 
 
@@ -137,12 +139,15 @@ RESIDUAL: dict[torch.dtype, DenseConfig] = {
     torch.float64: DenseConfig(16, 32, 32, 4, 1, "ieee"),
 }
 # A tile of A beside its Y, the parts of ZᵀA and A Yᵀ leaves room in the 40 to 50 MB of an A100's or H100's second
-# level. Up to 256 features y and ZᵀA of one program's tokens (64 KB) fit the first level; above, multiply-adds take
-# longer than a second pass over A. Small tiles pay in launches and in sweeps that few programs wait for: stage "pass"
-# measures several sizes, one for all tokens among them.
+# level, and is read from memory once. But features follow one another in a sweep: at d = 14,336 such a tile has 576
+# tokens for 18 programs, which take as long as 1,056 (eight to each multiprocessor of an H100) would, some 20 us a
+# sweep by the count of its instructions, and reading the tile again takes 5. So a tile has tokens for those. Up to
+# 256 features y and ZᵀA of one program's tokens (64 KB) fit the first level; with more it is still better than blocks
+# of few tokens. Stage "pass" measures several sizes.
 PASS = PassConfig(
-    max_k=256,
+    max_k=1024,
     tile_bytes=16 << 20,
+    busy_programs=1056,
     sweeps={
         (torch.float32, False): DESCENT[torch.float32],
         (torch.float64, False): DESCENT[torch.float64],

@@ -30,7 +30,8 @@ def precise_dot(x, a, total, PART: tl.constexpr, PRECISION: tl.constexpr):  # ty
     """total + x @ a for x in the working dtype and a as it was loaded.
 
     With PART, a is bfloat16 and x float32: the three parts of x have its 24 bits, and their products with a are exact.
-    PRECISION is how the product is made otherwise.
+    Tensor cores round their sums towards zero, which would add up over a long sum: they add up this block alone, the
+    small parts first, and ``total`` is added to it as float32s are. PRECISION is how the product is made otherwise.
     """
     if PART is None:
         total = tl.dot(x, a.to(x.dtype), total, input_precision=PRECISION, out_dtype=total.dtype)
@@ -39,10 +40,10 @@ def precise_dot(x, a, total, PART: tl.constexpr, PRECISION: tl.constexpr):  # ty
         rest = x - high
         middle = leading_bits(rest)
         a = a.to(PART)
-        # The small ones first.
-        total = tl.dot((rest - middle).to(PART), a, total, input_precision="ieee")
-        total = tl.dot(middle.to(PART), a, total, input_precision="ieee")
-        total = tl.dot(high.to(PART), a, total, input_precision="ieee")
+        block = tl.dot((rest - middle).to(PART), a, input_precision="ieee")
+        block = tl.dot(middle.to(PART), a, block, input_precision="ieee")
+        block = tl.dot(high.to(PART), a, block, input_precision="ieee")
+        total += block
     return total
 
 

@@ -67,6 +67,7 @@ def plan_pass(
     sweep: SweepConfig,
     programs: int,
     tile_bytes: int,
+    busy_programs: int,
 ) -> Plan:
     """The launches for ``A [d, n]`` with elements of ``a_bytes`` and k features of ``kept`` entries each.
 
@@ -76,11 +77,13 @@ def plan_pass(
         products, residual: as of ``coefficient_pass``.
         product, sweep: the tiles of its kernels.
         programs: that keep the device busy.
-        tile_bytes: what a tile of A may have.
+        tile_bytes: what a tile of A may have to stay in cache.
+        busy_programs: of a sweep for which a tile must have tokens, whether it stays in cache or not.
     """
     # Whole blocks of tokens, so that rows of a tile begin where they can be read 16 bytes at a time.
     unit = max(product.block_n, sweep.block_n)
     width = max(unit, tile_bytes // (d * a_bytes) // unit * unit)
+    width = max(width, ceil_div(busy_programs * sweep.block_n, unit) * unit)
     width = min(width, ceil_div(max(n, 1), unit) * unit)
     tiles = ceil_div(k, product.block_k) * ceil_div(width, product.block_n)
     splits, chunk = (1, d) if gather else split(d, tiles, product.block_d, programs)

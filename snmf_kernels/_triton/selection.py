@@ -19,22 +19,26 @@ def select_column(  # type: ignore[no-untyped-def]  # typed at the launch
     """Keeps the ``count`` largest magnitudes of one column, of equal ones the lower rows, and writes them by row.
 
     Magnitudes of floats order like their bits without the sign, so the ``count``-th largest is found bit by
-    bit from the top: the largest threshold that at least ``count`` entries reach. The column stays in cache
-    between the passes.
+    bit from the top: the largest threshold that at least ``count`` entries reach, or any that exactly so many do,
+    which is found after half of the bits or so. The column stays in cache between the passes.
     """
     key_type: tl.constexpr = tl.int32 if BITS == 31 else tl.int64
     sign_mask: tl.constexpr = 0x7FFFFFFF if BITS == 31 else 0x7FFFFFFFFFFFFFFF
     one = tl.full((), 1, key_type)
     threshold = tl.full((), 0, key_type)
-    for step in range(BITS):
-        candidate = threshold | (one << (BITS - 1 - step))
+    step = tl.full((), BITS, tl.int32)
+    while step > 0:
+        step -= 1
+        candidate = threshold | (one << step)
         reached = tl.zeros((BLOCK,), tl.int32)
         for start in range(0, d, BLOCK):
             rows = start + tl.arange(0, BLOCK)
             z = tl.load(z_ptr + rows.to(tl.int64) * row_stride, mask=rows < d, other=0.0)
             key = z.to(key_type, bitcast=True) & sign_mask
             reached += ((key >= candidate) & (rows < d)).to(tl.int32)
-        threshold = tl.where(tl.sum(reached) >= count, candidate, threshold)
+        enough = tl.sum(reached)
+        threshold = tl.where(enough >= count, candidate, threshold)
+        step = tl.where(enough == count, 0, step)
     above = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, d, BLOCK):
         rows = start + tl.arange(0, BLOCK)

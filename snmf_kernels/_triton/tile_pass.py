@@ -246,6 +246,7 @@ class _Steps:
             d, n, k, a_bytes=A.element_size(), y_bytes=Y.element_size(), kept=count, gather=self.gather,
             products=products, residual=residual_values is not None, product=dense_config(PRODUCT, dtype, A),
             sweep=PASS.sweeps[dtype, False], programs=PROGRAMS, tile_bytes=PASS.tile_bytes,
+            busy_programs=PASS.busy_programs,
         )  # fmt: skip
         width = self.plan.width
         self.parts = torch.empty(self.plan.splits, k, width, dtype=dtype, device=device)
