@@ -124,6 +124,7 @@ def _saved(arguments: dict[str, Any]) -> str:
             ("activations/shard-*.safetensors", "finished shard{} of activations"),
             ("layer_*/factors.safetensors", "factorised layer{}"),
             ("eval/layer_*/steering/*/*.json", "finished attempt{} to steer"),
+            ("eval-labels/layer_*/*/*.json", "finished attempt{} to steer to a label"),
         )
     ]
     if not kept[0][0]:

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from . import llm_options, terminal, trial_tables
 from .arguments import DeviceOption, RunArgument
+from .label_eval_command import evaluate_labels
 from .llm_options import BaseUrlOption, ConcurrencyOption, LlmOption, LocalOption, ParameterOption
 
 if TYPE_CHECKING:
@@ -63,6 +64,14 @@ def evaluate(
     concepts: Annotated[
         str, typer.Option(help="How many concepts to steer to, drawn at random; or their labels; or 0.")
     ] = "8",
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Instead: steer a run's own features to their labels of this source (see snmf label), as in the "
+            "paper; --concepts says how many of a layer's clearest. Needs a judge.",
+        ),
+    ] = None,
     texts: Annotated[
         str | None,
         typer.Option(help="For a MODEL: labelled texts, as for snmf collect.", show_default="concepts"),
@@ -109,30 +118,45 @@ def evaluate(
     harmonic mean of concept and fluency: by words, and by a judge where one is given. Without sampling, the same
     directions are measured by what they do to the logits of the concept's words, beside words that were as likely.
 
-    Writes DIR/eval/report.json and figure.png. The same command goes on where it was stopped.
+    With --labels the paper's own test: each feature of the run towards the label that a language model gave it, beside
+    DiffMeans of sentences written from the label and random groups of as many neurons.
+
+    Writes DIR/eval/report.json and figure.png, with --labels in DIR/eval-labels. The same command goes on where it was
+    stopped.
     """
     from . import files
     from .rivals import Plan, Trial
     from .runs import versions
     from .steering_protocol import Protocol
 
-    plan = Plan(
-        k=k,
-        against=_names(against),
-        sae=sae,
-        fit=_fit(neuron_scale),
+    protocol = Protocol(
+        samples=samples,
+        report_samples=report_samples,
+        max_new_tokens=max_new_tokens,
         seed=seed,
-        protocol=Protocol(
-            samples=samples,
-            report_samples=report_samples,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            candidates=candidates,
-            both_signs=both_signs,
-        ),
+        candidates=candidates,
+        both_signs=both_signs,
     )
+    plan = Plan(k=k, against=_names(against), sae=sae, fit=_fit(neuron_scale), seed=seed, protocol=protocol)
     _check_installed(plan)
     opened, model = _opened(target, layers, texts, out, model_dtype, device)
+    if labels is not None:
+        if not concepts.isdigit() or not int(concepts):
+            raise ValueError(f"--concepts: with --labels wanted how many features, got {concepts!r}")
+        evaluate_labels(
+            terminal.console(),
+            opened,
+            model,
+            opened.parse_layers(layers) if layers is not None else opened.fitted,
+            labels,
+            int(concepts),
+            protocol,
+            llm_options.chosen(opened.answers, judge, base_url, local, concurrency, parameter, device),
+            seed=seed,
+            overwrite=overwrite,
+            as_json=as_json,
+        )
+        return
     trial = Trial.open(opened, model, plan, overwrite=overwrite)
     chosen = opened.parse_layers(layers)
     wanted = _concepts(concepts, trial, seed)

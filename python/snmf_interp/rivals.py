@@ -35,15 +35,15 @@ import torch
 from torch import Tensor
 
 from . import files
+from .attempts import FORMAT, kept_attempt, kept_unsteered, open_plan
 from .autoencoders import AutoencoderDictionary, load_autoencoder, save_autoencoder, train_autoencoder
 from .detecting import ConceptDetection, detect_concepts, hard_negatives
 from .dictionaries import NeuronDictionary, difference_of_means, features, random_groups
 from .evaluation import EPS, auroc, shuffle_labels, split_texts
-from .generation import Continuation
 from .immediate import VERSION as IMMEDIATE_VERSION
 from .immediate import ImmediateEffect, ImmediateMeter, Vocabulary
 from .runs import versions
-from .steering_protocol import Protocol, SteeringRecord, Unsteered, record_from_json, steer_concept, unsteered
+from .steering_protocol import Protocol, SteeringRecord, Unsteered, steer_concept
 from .text_scoring import Scorer, concept_words
 from .texts import read_texts
 from .words import stored_texts
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from .models import LanguageModel
     from .runs import Run
 
-FORMAT = 1
 # Other factorisations of the same size; they differ from the plan's in what they name.
 VARIANTS: dict[str, dict[str, Any]] = {
     "snmf-raw": {"neuron_scale": None},
@@ -130,8 +129,6 @@ class Trial:
             ValueError: the texts have fewer than two labels, the model is another, or the folder has a comparison
                 of another plan.
         """
-        import shutil
-
         if model.fingerprint() != run.config["model"]["weights"]:
             raise ValueError(
                 f"model: the weights of {model.name!r} are not those that {run.path} was collected from"
@@ -142,30 +139,17 @@ class Trial:
                 "collect from labelled texts, such as `concepts`"
             )
         folder = run.path / "eval"
-        wanted = json.loads(json.dumps(asdict(plan))) | {"format": FORMAT}
+        wanted = asdict(plan)
         # Rivals do not depend on each other.
         del wanted["against"], wanted["sae"]
-        if not steering and not (folder / "plan.json").is_file():
-            wanted["protocol"] = None
-        there: dict[str, Any] = {}
         if (folder / "plan.json").is_file():
             there = files.read_versioned(folder / "plan.json", FORMAT)
+            # Detection has no protocol of its own, and steering may begin after it.
             if not steering:
                 wanted["protocol"] = there["protocol"]
-            elif there["protocol"] is None:
-                there["protocol"] = wanted["protocol"]
-            differing = [name for name in wanted if there.get(name) != wanted[name]]
-            if differing and not overwrite:
-                name = differing[0]
-                raise ValueError(
-                    f"{folder} has a comparison with {name} = {there.get(name)}, not {wanted[name]}; use --overwrite "
-                    "(overwrite=True) to replace it, or another run folder"
-                )
-            if differing:
-                shutil.rmtree(folder)
-                there = {}
-        folder.mkdir(exist_ok=True)
-        files.write_json(folder / "plan.json", wanted | {"versions": there.get("versions", versions())})
+        elif not steering:
+            wanted["protocol"] = None
+        open_plan(folder, wanted, overwrite=overwrite)
         return cls(run, model, plan, folder)
 
     @cached_property
@@ -287,29 +271,25 @@ class Trial:
             raise ValueError(f"concepts: {unknown[0]!r} is no label of the training texts")
         for concept in concepts:
             for rival in rivals:
+
+                def make(rival: Dictionary = rival, concept: str = concept) -> SteeringRecord:
+                    if before:
+                        before(rival.name, concept)
+                    return steer_concept(
+                        self.model,
+                        layer,
+                        rival,
+                        [(index, area) for index, area in matches[rival.name][concept]],
+                        concept,
+                        scorers,
+                        self.plan.protocol,
+                        self.plain,
+                        words=self.words.get(concept, ()),
+                        permuted=tuple(self.words),
+                    )
+
                 done = self.folder / f"layer_{layer}" / "steering" / rival.name / f"{concept}.json"
-                if done.is_file():
-                    record = record_from_json(files.read_json(done))
-                    if record.is_by(scorers):
-                        yield record
-                        continue
-                if before:
-                    before(rival.name, concept)
-                record = steer_concept(
-                    self.model,
-                    layer,
-                    rival,
-                    [(index, area) for index, area in matches[rival.name][concept]],
-                    concept,
-                    scorers,
-                    self.plan.protocol,
-                    self.plain,
-                    words=self.words.get(concept, ()),
-                    permuted=tuple(self.words),
-                )
-                done.parent.mkdir(parents=True, exist_ok=True)
-                files.write_json(done, asdict(record))
-                yield record
+                yield kept_attempt(done, lambda record: record.is_by(scorers), make)
 
     def immediate(self, records: Sequence[SteeringRecord]) -> list[tuple[ImmediateEffect, ...]]:
         """What the directions of steering records do to the next token, without sampling; see :class:`ImmediateMeter`.
@@ -355,18 +335,7 @@ class Trial:
     @cached_property
     def plain(self) -> Unsteered:
         """The texts that the model writes without steering."""
-        path = self.folder / "unsteered.json"
-        if not path.is_file():
-            files.write_json(path, {"format": FORMAT} | asdict(unsteered(self.model, self.plan.protocol)))
-        there = files.read_versioned(path, FORMAT)
-        return Unsteered(
-            *(
-                tuple(
-                    Continuation(one["prompt"], one["text"], tuple(one["token_ids"])) for one in there[half]
-                )
-                for half in ("choosing", "reporting")
-            )
-        )
+        return kept_unsteered(self.folder / "unsteered.json", self.model, self.plan.protocol)
 
     def _best(self, rival: Dictionary, scores: Tensor) -> dict[str, list[tuple[int, float]]]:
         """Each concept's best directions by AUROC on training texts, the lowest index first among equals."""

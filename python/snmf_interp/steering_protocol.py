@@ -143,7 +143,7 @@ class Candidate:
 
     Attributes:
         index: in its dictionary.
-        train_auroc: as a detector of the concept on training texts.
+        train_auroc: as a detector of the concept on training texts; None where there are none.
         effect: by how much the log-probability of the concept's words (those that are one token) rises at
             ``screen_kl``, the better of the two signs, averaged over the choosing prompts; None where there was
             nothing to choose.
@@ -151,7 +151,7 @@ class Candidate:
     """
 
     index: int
-    train_auroc: float
+    train_auroc: float | None
     effect: float | None = None
     sign: int | None = None
 
@@ -262,7 +262,7 @@ def steer_concept(
     model: LanguageModel,
     layer: int,
     dictionary: Dictionary,
-    candidates: Sequence[tuple[int, float]],
+    candidates: Sequence[tuple[int, float | None]],
     concept: str,
     scorers: Sequence[Scorer],
     protocol: Protocol,
@@ -282,7 +282,7 @@ def steer_concept(
         model: the model.
         layer: which layer is steered.
         dictionary: the method.
-        candidates: ``(index, AUROC on training texts)``, best first.
+        candidates: ``(index, AUROC on training texts or None)``, best first.
         concept: its name, as the scorers know it.
         scorers: each chooses for itself.
         protocol: the options.
@@ -370,7 +370,7 @@ def _screen(
     model: LanguageModel,
     layer: int,
     dictionary: Dictionary,
-    candidates: Sequence[tuple[int, float]],
+    candidates: Sequence[tuple[int, float | None]],
     words: Sequence[str],
     protocol: Protocol,
 ) -> list[Candidate]:

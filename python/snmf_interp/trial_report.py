@@ -304,25 +304,30 @@ def draw(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    layers = sorted(detection)
+    layers = sorted({*detection, *(record.layer for record in records)})
     by_layer = {
         layer: summarise_steering([r for r in records if r.layer == layer], scorer) for layer in layers
     }
-    methods = list(dict.fromkeys(row.method for rows in detection.values() for row in rows))
+    shown = [*(row.method for rows in detection.values() for row in rows), *(r.method for r in records)]
+    methods = list(dict.fromkeys(shown))
     colour = {method: _COLOURS[i % len(_COLOURS)] for i, method in enumerate(methods)}
-    panels = 4 if records else 1
-    figure, axes = pyplot.subplots(
+    shifts: dict[str, dict[float, float]] = {}
+    for row in summarise_immediate(records, effects):
+        shifts.setdefault(row.method, {})[row.target] = row.shift.value
+    panels = bool(detection) + 2 * bool(records) + bool(shifts)
+    figure, grid = pyplot.subplots(
         1,
         panels,
         figsize=(4.6 * panels, 0.5 + 0.42 * len(methods) + 1.2),
         squeeze=False,
         layout="constrained",
     )
+    axes = iter(grid[0])
     shapes = "osD^v<>P"
 
-    def intervals(axis: Any, rows: Mapping[int, Sequence[Any]], field: str, label: str) -> None:
+    def intervals(axis: Any, rows: Mapping[int, Sequence[Any]], field: str, label: str, zero: float) -> None:
         for at, layer in enumerate(layers):
-            for row in rows[layer]:
+            for row in rows.get(layer, ()):
                 value: Interval = getattr(row, field)
                 height = methods.index(row.method) + 0.22 * (at - (len(layers) - 1) / 2)
                 axis.plot([value.low, value.high], [height, height], color=colour[row.method], linewidth=1.6)
@@ -330,31 +335,29 @@ def draw(
                     value.value, height, shapes[at % len(shapes)], color=colour[row.method], markersize=5
                 )
             axis.plot([], [], shapes[at % len(shapes)], color="0.4", label=f"layer {layer}")
+        axis.axvline(zero, color="0.6", linewidth=0.8)
         axis.set_yticks(range(len(methods)), methods)
         axis.set_ylim(len(methods) - 0.5, -0.5)
         axis.set_xlabel(label)
         axis.grid(axis="x", alpha=0.3)
 
-    intervals(axes[0, 0], detection, "auroc", "detection: held-out AUROC")
-    axes[0, 0].axvline(0.5, color="0.6", linewidth=0.8)
-    axes[0, 0].legend(fontsize=7, loc="lower right")
+    def lines(axis: Any, points: Mapping[str, Mapping[float, float]], label: str) -> None:
+        for method, own in points.items():
+            axis.plot(list(own), list(own.values()), "o-", color=colour[method], markersize=3.5, label=method)
+        axis.set_xlabel("divergence aimed at (nats)")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+
+    if detection:
+        intervals(next(axes), detection, "auroc", "detection: held-out AUROC", 0.5)
     if records:
-        intervals(axes[0, 1], by_layer, "gain", f"steering: score above unsteered ({scorer})")
-        axes[0, 1].axvline(0, color="0.6", linewidth=0.8)
-        shifts: dict[str, dict[float, float]] = {}
-        for row in summarise_immediate(records, effects):
-            shifts.setdefault(row.method, {})[row.target] = row.shift.value
-        for axis, lines, label in (
-            (axes[0, 2], curves(records, scorer), "mean score, choosing half"),
-            (axes[0, 3], shifts, "next token: logit of the concept's words\nabove words as likely"),
-        ):
-            for method, points in lines.items():
-                x, y = list(points), list(points.values())
-                axis.plot(x, y, "o-", color=colour[method], markersize=3.5, label=method)
-            axis.set_xlabel("divergence aimed at (nats)")
-            axis.set_ylabel(label)
-            axis.grid(alpha=0.3)
-        axes[0, 2].legend(fontsize=7)
+        intervals(next(axes), by_layer, "gain", f"steering: score above unsteered ({scorer})", 0)
+        axis = next(axes)
+        lines(axis, curves(records, scorer), "mean score, choosing half")
+        axis.legend(fontsize=7)
+    if shifts:
+        lines(next(axes), shifts, "next token: logit of the concept's words\nabove words as likely")
+    grid[0, 0].legend(fontsize=7, loc="lower right")
     figure.suptitle(title, fontsize=10)
     with files.replacing(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from snmf_interp import rivals
+from snmf_interp import label_trial, rivals
 from snmf_interp.judging import gold_set
 
 from .endpoint import Reply, completion, serve
@@ -193,6 +194,108 @@ def test_a_judge_that_does_not_qualify(run: Path) -> None:
         )  # fmt: skip
     assert result.exit_code == 2
     assert "does not qualify as a judge" in " ".join(result.output.split())
+
+
+class TestLabels:
+    """The paper's test: features that a model has named, steered towards what it named them."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def labelled(cls, folder: Path) -> Path:
+        pytest.importorskip("openai")
+        run = folder / "labelled"
+        for arguments in (
+            ("collect", folder / "model", folder / "texts.json", "--layers", "0", "--out", run),
+            ("fit", run, "--k", 12, "--keep", 0.00417),
+        ):
+            assert snmf(*arguments).exit_code == 0
+        with serve(cls.answer) as endpoint:
+            made = snmf("label", run, "--side", "input", "--model", "scripted", "--base-url", endpoint.url)
+        assert made.exit_code == 0, made.output
+        return run
+
+    @staticmethod
+    def answer(body: dict[str, Any], _earlier: int) -> Reply:
+        """Names features by the concept whose words they have most of, writes of it, and judges by its words."""
+        question = body["messages"][0]["content"]
+        asked = {
+            tag: found[1]
+            for tag in ("places", "concept", "text")
+            if (found := re.search(rf"<{tag}>\n(.*?)\n</{tag}>", question, re.DOTALL))
+        }
+        if "places" in asked:
+            counts = {
+                name: sum(
+                    asked["places"].count(f"⟦{word}") + asked["places"].count(f"⟦ {word}") for word in words
+                )
+                for name, words in CONCEPTS.items()
+            }
+            best = max(counts, key=lambda name: counts[name])
+            return completion(json.dumps({"label": best if counts[best] > 5 else None}))
+        gold = next(
+            (item for item in gold_set() if json.dumps(item.text, ensure_ascii=False) == asked.get("text")),
+            None,
+        )
+        if gold is not None:
+            scores = gold.concept_scores if "concept" in asked else gold.fluency_scores
+            return completion(json.dumps({"score": scores[0]}))
+        if "concept" not in asked:
+            return completion('{"score": 2}')
+        words = CONCEPTS[json.loads(asked["concept"])]
+        if "text" in asked:
+            return completion(
+                json.dumps({"score": min(2, sum(word in asked["text"].split() for word in words))})
+            )
+        sentences = {
+            "activating": [
+                *(f"the cat {word} {word}" for word in words),
+                *(f"a dog {word}" for word in words),
+            ][:5],
+            "neutral": [f"the {word} sat" for word in ("mat", "rug", "cat", "dog", "big mat")],
+        }
+        return completion(json.dumps(sentences))
+
+    def test_what_is_said_and_kept(self, labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        options = (
+            "--labels", "scripted", "--concepts", "9", "--samples", 1, "--report-samples", 2, "--max-new-tokens", 8,
+            "--model", "scripted",
+        )  # fmt: skip
+        with serve(self.answer) as endpoint:
+            result = snmf("eval", labelled, *options, "--base-url", endpoint.url)
+            assert result.exit_code == 0, result.output
+            assert "Features of layer 0 steered to their labels by scripted" in result.stdout
+            report = json.loads((labelled / "eval-labels" / "report.json").read_text())
+            rows = {row["method"]: row for row in report["steering"]["judge"]["all"]}
+            assert list(rows) == ["snmf", "diffmeans", "random"]
+            # Each label once, whatever number of features has it.
+            assert rows["snmf"]["n"] == len({pair["concept"] for pair in report["pairs"]}) <= 3
+            assert rows["snmf"]["gain"]["value"] > rows["random"]["gain"]["value"]
+            assert report["qualification"]["failures"] == []
+            assert (labelled / "eval-labels" / "figure.png").read_bytes()[:4] == b"\x89PNG"
+            # The same command does nothing twice; other options are another test.
+            monkeypatch.setattr(label_trial, "steer_concept", lambda *_, **__: pytest.fail("done again"))
+            again = snmf("eval", labelled, *options, "--base-url", endpoint.url, "--json")
+            assert again.exit_code == 0, again.output
+            assert json.loads(again.stdout)["pairs"] == report["pairs"]
+            other = snmf("eval", labelled, *options, "--seed", 1, "--base-url", endpoint.url)
+            assert other.exit_code == 2
+            assert "use --overwrite" in " ".join(other.output.split())
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("--labels", "scripted"), "--labels: a label is judged by a language model"),
+            (
+                ("--labels", "nobody", "--model", "x", "--base-url", "http://127.0.0.1:9/v1"),
+                "no input-side labels by",
+            ),
+            (("--labels", "scripted", "--concepts", "days"), "--concepts: with --labels wanted how many"),
+        ],
+    )
+    def test_bad_options(self, labelled: Path, options: tuple[str, ...], message: str) -> None:
+        result = snmf("eval", labelled, *options)
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.split())
 
 
 class TestDetect:
