@@ -291,11 +291,13 @@ def main() -> None:
                     r"ld\.global\S*\.(?:v4\.b32|v2\.b64|v4\.f32|v2\.f64)|cp\.async\S* .*, 0x10", code
                 )
                 products_of = re.findall(r"\b(?:wgmma\.)?(?:mma|mma_async|tcgen05\.mma)\.\S*", code)
+                sums = [1 + (wide == "x2") for wide in re.findall(r"\badd(?:\.rn)?\.f32(x2)?\b", code)]
             else:
                 resources = amd_resources(compiled.asm["amdgcn"])
                 code = compiled.asm["amdgcn"]
                 wide = re.findall(r"(?:global|buffer)_load_(?:lds_)?dwordx4", code)
                 products_of = re.findall(r"v_s?mfma_\S*", code)
+                sums = [1 + wide.startswith("pk") for wide in re.findall(r"\bv_(add_f32|pk_add_f32)", code)]
             row = {
                 "kernel": case.name,
                 "target": target_name,
@@ -306,6 +308,8 @@ def main() -> None:
                 # round as multiply-adds do.
                 "reduced": sum(bool(re.search(r"tf32|xf32|bf16|f16", opcode)) for opcode in products_of),
                 "opcodes": sorted(set(products_of)),
+                # Additions of two float32s.
+                "additions": sum(sums),
                 "seconds": round(seconds, 1),
             }
             print(json.dumps(row), flush=True)

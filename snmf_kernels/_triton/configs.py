@@ -122,7 +122,7 @@ PRODUCT: dict[tuple[torch.dtype, str], DenseConfig] = {
 }
 # Likewise; here a program owns block_k x block_d sums and walks over tokens.
 ACCUMULATE: dict[tuple[torch.dtype, str], DenseConfig] = {
-    (torch.float32, "bf16"): DenseConfig(64, 64, 32, 8, 3, "parts"),
+    (torch.float32, "bf16"): DenseConfig(64, 64, 32, 4, 3, "parts"),
     (torch.float32, "exact"): DenseConfig(64, 64, 16, 4, 3, "ieee"),
     (torch.float32, "tf32"): DenseConfig(64, 64, 32, 4, 3, "tf32"),
     (torch.float64, "exact"): DenseConfig(32, 32, 16, 4, 2, "ieee"),
