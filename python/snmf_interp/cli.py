@@ -430,6 +430,8 @@ def steer(
         ),
     ] = None,
     device: DeviceOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Show what the model writes with a feature turned up, down or off, beside what it writes without.
 
@@ -446,13 +448,20 @@ def steer(
         layer, feature, vector, neurons, tuple(kl or ()), tuple(strength or ()), negative, both, ablate, clamp
     )
     opened = Run.open(target) if (Path(target) / ACTIVATIONS).is_dir() else None
-    if opened is not None and model_dtype is not None:
-        raise ValueError("--model-dtype: a run's model is loaded as it was collected")
+    settled = {"--model-dtype": model_dtype, "--revision": revision}
+    if opened is not None and (given := [name for name, value in settled.items() if value is not None]):
+        raise ValueError(f"{given[0]}: a run's model is loaded as it was collected")
 
     def load() -> LanguageModel:
         if opened is None:
-            return terminal.load_model(target, model_dtype or "float32", device, "auto", None, False)
-        return terminal.loader(opened, device)()
+            return terminal.load_model(
+                target,
+                model_dtype or "float32",
+                device,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+            )
+        return terminal.loader(opened, device, trust_remote_code)()
 
     result = steer_command.run(
         terminal.console(),

@@ -16,7 +16,7 @@ from rich.text import Text
 from tqdm.auto import tqdm
 
 from . import llm_options, terminal, trial_tables
-from .arguments import DeviceOption, RunArgument
+from .arguments import DeviceOption, RevisionOption, RunArgument, TrustOption
 from .label_eval_command import evaluate_labels
 from .llm_options import BaseUrlOption, ConcurrencyOption, LlmOption, LocalOption, ParameterOption
 
@@ -109,6 +109,8 @@ def evaluate(
         str | None, typer.Option(help="For a MODEL: float32, bfloat16 or float16.", show_default="float32")
     ] = None,
     device: DeviceOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Compare SNMF with other methods: how well their directions detect concepts, and how well they steer.
 
@@ -139,7 +141,7 @@ def evaluate(
     )
     plan = Plan(k=k, against=_names(against), sae=sae, fit=_fit(neuron_scale), seed=seed, protocol=protocol)
     _check_installed(plan)
-    opened, model = _opened(target, layers, texts, out, model_dtype, device)
+    opened, model = _opened(target, layers, texts, out, model_dtype, device, revision, trust_remote_code)
     if labels is not None:
         if not concepts.isdigit() or not int(concepts):
             raise ValueError(f"--concepts: with --labels wanted how many features, got {concepts!r}")
@@ -268,21 +270,25 @@ def _opened(
     out: Path | None,
     dtype: str | None,
     device: str | None,
+    revision: str | None,
+    trusted: bool,
 ) -> tuple[Run, LanguageModel]:
     """The run, collected if it is not there, and its model."""
     from .runs import ACTIVATIONS, Run
 
     if (Path(target) / ACTIVATIONS).is_dir():
-        given = {"--model-dtype": dtype, "--out": out, "--texts": texts}
+        given = {"--model-dtype": dtype, "--out": out, "--texts": texts, "--revision": revision}
         if wrong := [name for name, value in given.items() if value is not None]:
             raise ValueError(
                 f"{wrong[0]}: {target} is a run, whose model and texts are settled; leave it out, or give a model"
             )
         opened = Run.open(target)
-        return opened, terminal.loader(opened, device)()
+        return opened, terminal.loader(opened, device, trusted)()
     from .rivals import collect_run
 
-    model = terminal.load_model(target, dtype or "float32", device)
+    model = terminal.load_model(
+        target, dtype or "float32", device, revision=revision, trust_remote_code=trusted
+    )
     if layers is None:
         depths = (model.n_layers // 3, 2 * model.n_layers // 3, 9 * model.n_layers // 10)
         layers = ",".join(map(str, sorted(set(depths))))

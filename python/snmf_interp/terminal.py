@@ -66,18 +66,18 @@ def waiting(what: str) -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
-def load_model_of(run: Run, device: str | None) -> LanguageModel:
-    """The model of a run; its own code is run only where SNMF_TRUST_REMOTE_CODE says so now."""
-    trusted = os.environ.get("SNMF_TRUST_REMOTE_CODE", "").lower() in ("1", "true", "yes", "on")
+def load_model_of(run: Run, device: str | None, trusted: bool = False) -> LanguageModel:
+    """The model of a run; its own code is run only where ``trusted`` or SNMF_TRUST_REMOTE_CODE says so now."""
+    trusted = trusted or os.environ.get("SNMF_TRUST_REMOTE_CODE", "").lower() in ("1", "true", "yes", "on")
     return run.load_model(device=device, trust_remote_code=trusted)
 
 
-def loader(run: Run, device: str | None) -> Callable[[], LanguageModel]:
+def loader(run: Run, device: str | None, trusted: bool = False) -> Callable[[], LanguageModel]:
     """What loads the model of a run when it is first called, with a moving line meanwhile."""
 
     @functools.cache
     def load() -> LanguageModel:
-        return loading(run.config["model"]["name"], lambda: load_model_of(run, device))
+        return loading(run.config["model"]["name"], lambda: load_model_of(run, device, trusted))
 
     return load
 

@@ -129,6 +129,7 @@ def test_other_options_are_refused(run: Path) -> None:
         (("--neuron-scale", "max"), "--neuron-scale: wanted rms or none"),
         (("--model-dtype", "float32"), "--model-dtype: "),
         (("--texts", "concepts"), "is a run, whose model and texts are settled"),
+        (("--revision", "main"), "--revision: "),
     ],
 )
 def test_bad_options(run: Path, options: tuple[str, str], message: str) -> None:
