@@ -62,7 +62,8 @@ def evaluate(
     k: Annotated[int, typer.Option(help="Features, and latents of the autoencoder.")] = 100,
     against: AgainstOption = "diffmeans,neuron,random",
     concepts: Annotated[
-        str, typer.Option(help="How many concepts to steer to, drawn at random; or their labels; or 0.")
+        str,
+        typer.Option(help="How many concepts to steer to, drawn at random; or their labels; or 0, or all."),
     ] = "8",
     labels: Annotated[
         str | None,
@@ -88,6 +89,13 @@ def evaluate(
             help="Write texts for both signs, or for the one that makes the concept's words likelier.",
         ),
     ] = True,
+    next_token: Annotated[
+        bool,
+        typer.Option(
+            "--next-token",
+            help="Write no texts: say what the directions do to the next token alone, in a fraction of the time.",
+        ),
+    ] = False,
     samples: Annotated[
         int, typer.Option(help="Texts of each of 4 choosing prompts, at each of 7 divergences.")
     ] = 2,
@@ -164,7 +172,7 @@ def evaluate(
     wanted = _concepts(concepts, trial, seed)
     screen = terminal.console()
     llm = llm_options.chosen(opened.answers, judge, base_url, local, concurrency, parameter, device)
-    scorers, qualification = _scorers(trial, llm) if wanted else ([], None)
+    scorers, qualification = _scorers(trial, llm) if wanted and not next_token else ([], None)
     detection = _detect(screen, trial, chosen, quiet=as_json)
     records = _steer(trial, chosen, scorers, wanted)
     with terminal.waiting("reading the next token under each direction"):
@@ -191,7 +199,7 @@ def evaluate(
     files.write_json(trial.folder / "report.json", report)
     figure = trial.folder / "figure.png"
     title = f"{model.name}, k = {k}, {len(wanted)} concepts steered to"
-    trial_report.draw(figure, detection, records, effects, scorers[-1].name if scorers else "words", title)
+    trial_report.draw(figure, detection, records, effects, scorers[-1].name if scorers else None, title)
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
         return
@@ -318,6 +326,8 @@ def _fit(neuron_scale: str) -> dict[str, Any]:
 
 def _concepts(given: str, trial: Trial, seed: int) -> tuple[str, ...]:
     """The concepts to steer to."""
+    if given == "all":
+        return tuple(sorted(trial.words))
     if not given.isdigit():
         names = _names(given)
         if unknown := [name for name in names if name not in trial.words]:

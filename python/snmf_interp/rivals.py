@@ -43,7 +43,7 @@ from .evaluation import EPS, auroc, shuffle_labels, split_texts
 from .immediate import VERSION as IMMEDIATE_VERSION
 from .immediate import ImmediateEffect, ImmediateMeter, Vocabulary
 from .runs import versions
-from .steering_protocol import Protocol, SteeringRecord, Unsteered, steer_concept
+from .steering_protocol import Protocol, SteeringRecord, Unsteered, aim, steer_concept
 from .text_scoring import Scorer, concept_words
 from .texts import read_texts
 from .words import stored_texts
@@ -252,9 +252,11 @@ class Trial:
     ) -> Iterator[SteeringRecord]:
         """Each method's attempt to steer to each concept, concept by concept; see :func:`steer_concept`.
 
+        Without scorers no texts are written: the records have a direction and strengths, which :meth:`immediate` needs.
+
         Args:
             layer: a collected layer.
-            scorers: who scores the texts.
+            scorers: who scores the texts, or none.
             concepts: labels that the scorers know.
             before: called with method and concept of each attempt that has not been made before.
 
@@ -275,16 +277,21 @@ class Trial:
                 def make(rival: Dictionary = rival, concept: str = concept) -> SteeringRecord:
                     if before:
                         before(rival.name, concept)
+                    candidates = [(index, area) for index, area in matches[rival.name][concept]]
+                    words = self.words.get(concept, ())
+                    if not scorers:
+                        protocol = self.plan.protocol
+                        return aim(self.model, layer, rival, candidates, concept, protocol, words=words)
                     return steer_concept(
                         self.model,
                         layer,
                         rival,
-                        [(index, area) for index, area in matches[rival.name][concept]],
+                        candidates,
                         concept,
                         scorers,
                         self.plan.protocol,
                         self.plain,
-                        words=self.words.get(concept, ()),
+                        words=words,
                         permuted=tuple(self.words),
                     )
 

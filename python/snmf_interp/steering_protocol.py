@@ -13,7 +13,7 @@ strength on the prompt that it was found on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -258,6 +258,48 @@ def unsteered(model: LanguageModel, protocol: Protocol) -> Unsteered:
     return Unsteered(*halves)
 
 
+def aim(
+    model: LanguageModel,
+    layer: int,
+    dictionary: Dictionary,
+    candidates: Sequence[tuple[int, float | None]],
+    concept: str,
+    protocol: Protocol,
+    *,
+    words: Sequence[str] = (),
+) -> SteeringRecord:
+    """The first two steps of :func:`steer_concept`: a direction and its strengths, without any text.
+
+    Args:
+        model, layer, dictionary, candidates, concept, protocol, words: see there.
+
+    Returns:
+        A record whose cells have neither texts nor scores, and without results.
+
+    Raises:
+        ValueError: there is no candidate.
+    """
+    if not candidates:
+        raise ValueError(f"candidates: wanted at least one for {concept!r}, got none")
+    considered = _screen(model, layer, dictionary, candidates[: protocol.candidates], words, protocol)
+    chosen = max(considered, key=lambda one: float("-inf") if one.effect is None else one.effect)
+    found = solve_strengths(
+        model,
+        layer,
+        dictionary.direction(chosen.index),
+        protocol.targets,
+        protocol.choosing,
+        signs=(1, -1) if protocol.both_signs or chosen.sign is None else (chosen.sign,),
+        batch_size=protocol.batch_size,
+    )
+    cells = tuple(Cell(one.target, one.sign, one.strength, one.kl, one.reached, {}) for one in found)
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return SteeringRecord(
+        layer, dictionary.name, concept, tuple(considered), chosen.index, cells,
+        made_by={"protocol": VERSION, "packages": packages},
+    )  # fmt: skip
+
+
 def steer_concept(
     model: LanguageModel,
     layer: int,
@@ -293,24 +335,12 @@ def steer_concept(
     Raises:
         ValueError: there is no candidate or scorer.
     """
-    if not candidates:
-        raise ValueError(f"candidates: wanted at least one for {concept!r}, got none")
     if not scorers:
         raise ValueError("scorers: wanted at least one, got none")
-    considered = _screen(model, layer, dictionary, candidates[: protocol.candidates], words, protocol)
-    chosen = max(considered, key=lambda one: float("-inf") if one.effect is None else one.effect)
-    direction = dictionary.direction(chosen.index)
-    found = solve_strengths(
-        model,
-        layer,
-        direction,
-        protocol.targets,
-        protocol.choosing,
-        signs=(1, -1) if protocol.both_signs or chosen.sign is None else (chosen.sign,),
-        batch_size=protocol.batch_size,
-    )
+    aimed = aim(model, layer, dictionary, candidates, concept, protocol, words=words)
+    direction = dictionary.direction(aimed.chosen)
     # Targets that are not reached share one strength.
-    distinct = list(dict.fromkeys(one.strength for one in found))
+    distinct = list(dict.fromkeys(cell.strength for cell in aimed.cells))
     texts = dict(
         zip(
             distinct,
@@ -322,19 +352,18 @@ def steer_concept(
         strength: {scorer.name: scorer.score(texts[strength], concept) for scorer in scorers}
         for strength in distinct
     }
-    cells, shown = [], set()
-    for one in found:
-        fresh = one.strength not in shown
-        shown.add(one.strength)
-        kept = tuple(text.text for text in texts[one.strength]) if fresh else ()
-        own = scored[one.strength]
+    cells: list[Cell] = []
+    for bare in aimed.cells:
+        fresh = all(other.strength != bare.strength for other in cells)
+        own = scored[bare.strength]
         cells.append(
-            Cell(
-                one.target, one.sign, one.strength, one.kl, one.reached,
-                {name: mean_score(found) for name, found in own.items()}, kept,
-                {name: _missing(found) for name, found in own.items()},
+            replace(
+                bare,
+                scores={name: mean_score(scores) for name, scores in own.items()},
+                texts=tuple(text.text for text in texts[bare.strength]) if fresh else (),
+                missing={name: _missing(scores) for name, scores in own.items()},
             )
-        )  # fmt: skip
+        )
     best = {scorer.name: cell for scorer in scorers if (cell := _best(cells, scorer.name)) is not None}
     wanted = list(dict.fromkeys(cell.strength for cell in best.values()))
     reported = dict(
@@ -359,11 +388,8 @@ def steer_concept(
         for scorer in scorers
         if scorer.name in best
     }
-    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
-    made_by = {"protocol": VERSION, "packages": packages} | {s.name: s.identity for s in scorers}
-    return SteeringRecord(
-        layer, dictionary.name, concept, tuple(considered), chosen.index, tuple(cells), results, made_by
-    )
+    made_by = aimed.made_by | {scorer.name: scorer.identity for scorer in scorers}
+    return replace(aimed, cells=tuple(cells), results=results, made_by=made_by)
 
 
 def _screen(

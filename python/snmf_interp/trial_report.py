@@ -295,7 +295,7 @@ def draw(
     detection: Mapping[int, Sequence[DetectionSummary]],
     records: Sequence[SteeringRecord],
     effects: Sequence[Sequence[ImmediateEffect]],
-    scorer: str,
+    scorer: str | None,
     title: str,
 ) -> None:
     """A PNG: detection and steering of each method with intervals, layer by layer; scores and the words' rise by KL."""
@@ -305,16 +305,14 @@ def draw(
     from matplotlib import pyplot
 
     layers = sorted({*detection, *(record.layer for record in records)})
-    by_layer = {
-        layer: summarise_steering([r for r in records if r.layer == layer], scorer) for layer in layers
-    }
     shown = [*(row.method for rows in detection.values() for row in rows), *(r.method for r in records)]
     methods = list(dict.fromkeys(shown))
     colour = {method: _COLOURS[i % len(_COLOURS)] for i, method in enumerate(methods)}
     shifts: dict[str, dict[float, float]] = {}
     for row in summarise_immediate(records, effects):
         shifts.setdefault(row.method, {})[row.target] = row.shift.value
-    panels = bool(detection) + 2 * bool(records) + bool(shifts)
+    scored = bool(records) and scorer is not None
+    panels = max(1, bool(detection) + 2 * scored + bool(shifts))
     figure, grid = pyplot.subplots(
         1,
         panels,
@@ -350,7 +348,10 @@ def draw(
 
     if detection:
         intervals(next(axes), detection, "auroc", "detection: held-out AUROC", 0.5)
-    if records:
+    if records and scorer is not None:
+        by_layer = {
+            layer: summarise_steering([r for r in records if r.layer == layer], scorer) for layer in layers
+        }
         intervals(next(axes), by_layer, "gain", f"steering: score above unsteered ({scorer})", 0)
         axis = next(axes)
         lines(axis, curves(records, scorer), "mean score, choosing half")

@@ -85,6 +85,33 @@ def test_it_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["method"] for row in report["detection"]["0"]] == ["snmf", "diffmeans", "neuron"]
 
 
+def test_the_next_token_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No text is written; the strengths are those of a run that writes some, and that may follow."""
+    monkeypatch.setattr(rivals, "steer_concept", lambda *_, **__: pytest.fail("texts were written"))
+    run = tmp_path / "run"
+    options = ("--layers", "0", "--texts", folder / "texts.json", "--out", run, "--against", "random", *SHORT)
+    result = snmf("eval", folder / "model", *options, "--concepts", "all", "--next-token")
+    assert result.exit_code == 0, result.output
+    assert "Next token under the same directions" in result.stdout
+    assert "Steering at layer" not in result.stdout
+    assert not (run / "eval" / "unsteered.json").exists()
+    report = json.loads((run / "eval" / "report.json").read_text())
+    assert report["concepts"] == sorted(CONCEPTS)
+    assert report["steering"] == {}
+    rows = {(row["method"], row["target"]): row for row in report["immediate"]["all"]}
+    assert rows["snmf", 0.5]["shift"]["value"] > rows["random", 0.5]["shift"]["value"]
+    assert (run / "eval" / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.undo()
+    whole = snmf("eval", run, "--against", "random", *SHORT, "--concepts", "days", "--json")
+    assert whole.exit_code == 0, whole.output
+    pairs = json.loads(whole.stdout)["pairs"]
+    assert all(pair["results"]["words"]["gain"] is not None for pair in pairs)
+    before = [pair["immediate"] for pair in report["pairs"] if pair["concept"] == "days"]
+    assert [[effect["kl"] for effect in pair["immediate"]] for pair in pairs] == [
+        [pytest.approx(effect["kl"]) for effect in effects] for effects in before
+    ]
+
+
 def test_interrupted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says where hours of work lie, though no option names the folder."""
     real, made = rivals.steer_concept, []
