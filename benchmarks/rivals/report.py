@@ -6,7 +6,10 @@ concepts that have words, drawn by the seed; seed 1, since seed 0 had served to 
     snmf eval smollm2-135m --layers 10,20,27 --against diffmeans,sae,neuron,random,permuted --one-sign --seed 1 \\
         --out benchmarks/data/eval-smollm2-135m
     snmf eval gemma-3-270m --layers 6,12,16 --against diffmeans,sae,neuron,random,permuted --one-sign --seed 1 \\
-        --report-samples 4 --out benchmarks/data/eval-gemma-3-270m
+        --report-samples 4 --concepts cities,metals,sport_ball_games,source_code,school \\
+        --out benchmarks/data/eval-gemma-3-270m
+
+On Gemma an attempt took 80 s, and there was time for the first five of the same eight concepts.
 
     python benchmarks/rivals/report.py collect      # takes report.json and figure.png of both runs into this folder
     python benchmarks/rivals/report.py table        # table.md from them

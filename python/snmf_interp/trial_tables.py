@@ -87,11 +87,11 @@ def show_immediate(screen: Console, title: str, rows: Sequence[ImmediateSummary]
     """A method a line, a divergence a column; grey where the interval holds 0."""
     screen.print(Text(f"\n{title}\n", style="bold"))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column("method")
+    table.add_column("method, at KL of", no_wrap=True)
     targets = sorted({row.target for row in rows})
     for target in targets:
-        table.add_column(f"{target:g} nats", justify="right", no_wrap=True)
-    table.add_column("other concepts", justify="right", no_wrap=True)
+        table.add_column(f"{target:g}", justify="right", no_wrap=True)
+    table.add_column("others", justify="right", no_wrap=True)
     at = {(row.method, row.target): row for row in rows}
     for method in dict.fromkeys(row.method for row in rows):
         own = [at[method, target] for target in targets]
@@ -113,8 +113,8 @@ def show_immediate(screen: Console, title: str, rows: Sequence[ImmediateSummary]
     screen.print(
         Text(
             f"{rows[0].n} pairs of concept and layer. By how much the logits of the concept's words rise above those "
-            "of words that were as likely, on the reporting prompts; grey where the 95 % interval holds 0. Other "
-            f"concepts: the control, their words' rise at {targets[-1]:g} nats{unreached}",
+            "of words that were as likely, on the reporting prompts; grey where the 95 % interval holds 0. Others: "
+            f"the control, the rise of the other concepts' words at {targets[-1]:g} nats{unreached}",
             style="dim",
         )
     )
