@@ -116,11 +116,8 @@ class NeuronDictionary:
         return 2 * self.width
 
     def scores(self, activations: Tensor, text_of: Tensor, n_texts: int) -> Tensor:
-        highest, lowest = (
-            text_maxima((sign * part.cpu().T for part in activations.split(_TOKENS)), text_of, n_texts)
-            for sign in (1, -1)
-        )
-        return torch.stack([highest, lowest], 1).flatten(0, 1)
+        rows = (part.cpu().T for part in activations.split(_TOKENS))
+        return text_maxima((torch.stack([part, -part], 1).flatten(0, 1) for part in rows), text_of, n_texts)
 
     def direction(self, index: int) -> Tensor:
         vector = torch.zeros(self.width)

@@ -204,12 +204,7 @@ def evaluate(
         typer.echo(json.dumps(report, ensure_ascii=False))
         return
     for scorer in scorers:
-        for layer in chosen:
-            rows = trial_report.summarise_steering([r for r in records if r.layer == layer], scorer.name)
-            trial_tables.show_steering(screen, f"Steering at layer {layer}, scored by {scorer.name}", rows)
-        if len(chosen) > 1:
-            title = f"Steering at layers {', '.join(map(str, chosen))} together, scored by {scorer.name}"
-            trial_tables.show_steering(screen, title, trial_report.summarise_steering(records, scorer.name))
+        trial_tables.show_steering(screen, f"Steering at {{}}, scored by {scorer.name}", records, scorer.name)
     if at_once := trial_report.summarise_immediate(records, effects):
         title = f"Next token under the same directions, layers {', '.join(map(str, chosen))}"
         trial_tables.show_immediate(screen, title, at_once)
@@ -346,16 +341,13 @@ def _concepts(given: str, trial: Trial, seed: int) -> tuple[str, ...]:
 
 def _scorers(trial: Trial, llm: Any) -> tuple[list[Scorer], Qualification | None]:
     """Words, and the judge if there is one that qualifies, with how it did."""
-    from .judging import qualify
     from .text_scoring import JudgeScorer, WordScorer
 
     with terminal.waiting("writing without steering"):
         scorers: list[Scorer] = [WordScorer(trial.model, trial.words, trial.plain.choosing)]
     if llm is None:
         return scorers, None
-    with terminal.waiting(f"asking {llm.name} to judge texts of known scores"):
-        qualification = qualify(llm)
-    qualification.check()
+    qualification = llm_options.qualified(llm)
     return [*scorers, JudgeScorer(llm)], qualification
 
 

@@ -1,6 +1,7 @@
 """What steering does to the very next token: a concept's words beside words that were as likely.
 
-    meter = ImmediateMeter(model, 12, trial.words, protocol)
+    vocabulary = Vocabulary.of(model, words_of_concepts, [*protocol.choosing, *protocol.reporting])
+    meter = ImmediateMeter(model, 12, vocabulary, protocol)
     meter.measure(record, direction)         # an ImmediateEffect for each divergence of a SteeringRecord
 
 Text of fifty tokens says whether a concept is written about; this says, without sampling and without a scorer, whether
@@ -118,9 +119,9 @@ class ImmediateMeter:
         own = self._columns.get(record.concept)
         if own is None:
             return ()
-        strengths = torch.tensor(list(dict.fromkeys(cell.strength for cell in record.cells)))
+        # Divergences that are not reached share one strength.
         row = {strength: at for at, strength in enumerate(dict.fromkeys(c.strength for c in record.cells))}
-        directions = direction.expand(len(strengths), -1)
+        strengths, directions = torch.tensor(list(row)), direction.expand(len(row), -1)
         chosen_by = self._choosing.measure(directions, strengths).shifts[:, own].mean(1)
         found = self._reporting.measure(directions, strengths)
         strangers = [

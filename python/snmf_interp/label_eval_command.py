@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from tqdm.auto import tqdm
 
-from . import terminal, trial_tables
+from . import llm_options, trial_tables
 
 if TYPE_CHECKING:
     from .labels import Label
@@ -57,7 +57,6 @@ def evaluate_labels(
         FileNotFoundError: a layer has no such labels.
     """
     from . import files, trial_report
-    from .judging import qualify
     from .label_trial import LabelTrial
     from .runs import versions
     from .sentences import write_sentences
@@ -70,12 +69,10 @@ def evaluate_labels(
     if not layers:
         raise FileNotFoundError(f"{run.path} has no factorised layer yet: `snmf fit {run.path}`")
     labels = {layer: _clearest(run, model, layer, source, count) for layer in layers}
-    with terminal.waiting(f"asking {llm.name} to judge texts of known scores"):
-        qualification = qualify(llm)
-    qualification.check()
+    qualification = llm_options.qualified(llm)
     trial = LabelTrial.open(run, model, protocol, seed=seed, overwrite=overwrite)
     records: list[SteeringRecord] = []
-    total = sum(len(own) for own in labels.values())
+    total = sum(len({one.text for one in own}) for own in labels.values())
     with tqdm(
         total=total, unit="label", desc="steering", disable=not sys.stderr.isatty(), leave=False
     ) as bar:
@@ -104,14 +101,9 @@ def evaluate_labels(
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
         return
-    for layer in layers:
-        rows = trial_report.summarise_steering([r for r in records if r.layer == layer], "judge")
-        trial_tables.show_steering(
-            screen, f"Features of layer {layer} steered to their labels by {source}", rows
-        )
-    if len(layers) > 1:
-        title = f"Layers {', '.join(map(str, layers))} together"
-        trial_tables.show_steering(screen, title, trial_report.summarise_steering(records, "judge"))
+    trial_tables.show_steering(
+        screen, f"Features of {{}} steered to their labels by {source}", records, "judge"
+    )
     screen.print(Text(f"\nAll of it: {trial.folder / 'report.json'}, {figure}", style="dim"), soft_wrap=True)
 
 

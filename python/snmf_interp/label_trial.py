@@ -12,7 +12,7 @@ not done again.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -61,10 +61,7 @@ class LabelTrial:
         Raises:
             ValueError: the model is another, or the folder has a test with other options.
         """
-        if model.fingerprint() != run.config["model"]["weights"]:
-            raise ValueError(
-                f"model: the weights of {model.name!r} are not those that {run.path} was collected from"
-            )
+        run.check_model(model)
         folder = run.path / "eval-labels"
         open_plan(folder, {"protocol": asdict(protocol), "seed": seed}, overwrite=overwrite)
         return cls(run, model, protocol, seed, folder)
@@ -81,7 +78,6 @@ class LabelTrial:
         scorers: Sequence[Scorer],
         *,
         sentences: Sequence[Sentences] = (),
-        before: Callable[[str, str], None] | None = None,
     ) -> Iterator[SteeringRecord]:
         """Each feature towards its label, then the rivals: ``diffmeans`` where there are sentences, and ``random``.
 
@@ -93,7 +89,6 @@ class LabelTrial:
             labels: of its features; those with a text are tried, of equal ones the first.
             scorers: who knows every label: judges.
             sentences: of :func:`snmf_interp.write_sentences`.
-            before: called with method and label of each attempt that has not been made before.
         """
         factors = self.run.factors(layer)
         tried: dict[str, Label] = {}
@@ -103,13 +98,13 @@ class LabelTrial:
         written = [one for one in sentences if one.activating and one.layer == layer]
         means = sentence_means(self.model, layer, written) if written else None
         row_of = {one.index: row for row, one in enumerate(written)}
-        chance = random_groups(factors, seed=self.seed)
+        ours, chance = features(factors), random_groups(factors, seed=self.seed)
         for text, label in tried.items():
-            rivals: list[tuple[Dictionary, int]] = [(features(factors), label.index), (chance, label.index)]
+            rivals: list[tuple[Dictionary, int]] = [(ours, label.index), (chance, label.index)]
             if means is not None and label.index in row_of:
                 rivals.insert(1, (means, row_of[label.index]))
             for rival, row in rivals:
-                yield self._attempt(layer, rival, row, label.index, text, scorers, before)
+                yield self._attempt(layer, rival, row, label.index, text, scorers)
 
     def _attempt(
         self,
@@ -119,13 +114,10 @@ class LabelTrial:
         feature: int,
         label: str,
         scorers: Sequence[Scorer],
-        before: Callable[[str, str], None] | None,
     ) -> SteeringRecord:
         digest = hashlib.sha256(rival.direction(row).numpy().tobytes()).hexdigest()[:16]
 
         def make() -> SteeringRecord:
-            if before:
-                before(rival.name, label)
             record = steer_concept(
                 self.model, layer, rival, [(row, None)], label, scorers, self.protocol, self.plain
             )

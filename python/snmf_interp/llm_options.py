@@ -11,6 +11,7 @@ import typer
 from . import terminal
 
 if TYPE_CHECKING:
+    from .judging import Qualification
     from .llm import LocalModel, OpenAIModel
 
 LlmOption = Annotated[
@@ -78,6 +79,20 @@ def chosen(
     if model is None and base_url is None:
         return None
     return OpenAIModel(model, base_url=base_url, cache=cache, concurrency=concurrency, parameters=parameters)
+
+
+def qualified(llm: OpenAIModel | LocalModel) -> Qualification:
+    """How a judge did on texts of known scores.
+
+    Raises:
+        ValueError: it does not qualify.
+    """
+    from .judging import qualify
+
+    with terminal.waiting(f"asking {llm.name} to judge texts of known scores"):
+        found = qualify(llm)
+    found.check()
+    return found
 
 
 def _parameters(given: list[str] | None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -129,10 +129,7 @@ class Trial:
             ValueError: the texts have fewer than two labels, the model is another, or the folder has a comparison
                 of another plan.
         """
-        if model.fingerprint() != run.config["model"]["weights"]:
-            raise ValueError(
-                f"model: the weights of {model.name!r} are not those that {run.path} was collected from"
-            )
+        run.check_model(model)
         if len({label for label in run.store().corpus.labels if label is not None}) < 2:
             raise ValueError(
                 f"texts: wanted texts of at least two labels, but {run.config['texts']['source']!r} has fewer; "
@@ -311,28 +308,33 @@ class Trial:
         """
         protocol = self.plan.protocol
         watched = {name: self.words.get(name, ()) for name in sorted({record.concept for record in records})}
-        vocabulary = Vocabulary.of(self.model, watched, [*protocol.choosing, *protocol.reporting])
-        if not vocabulary.words:
-            return [() for _ in records]
-        digest = hashlib.sha256(repr(vocabulary).encode()).hexdigest()[:16]
-        meters: dict[int, ImmediateMeter] = {}
+        prompts = [*protocol.choosing, *protocol.reporting]
+        digest = hashlib.sha256(repr((watched, prompts)).encode()).hexdigest()[:16]
+
+        @cache
+        def vocabulary() -> Vocabulary:
+            return Vocabulary.of(self.model, watched, prompts)
+
+        @cache
+        def meter(layer: int) -> ImmediateMeter:
+            return ImmediateMeter(self.model, layer, vocabulary(), protocol)
+
         found = []
         for record in records:
             folder = self.folder / f"layer_{record.layer}"
             done = folder / "immediate" / record.method / f"{record.concept}.json"
-            strengths = [cell.strength for cell in record.cells]
             made_by = {
                 "version": IMMEDIATE_VERSION,
                 "words": digest,
                 "direction": record.chosen,
-                "strengths": strengths,
+                "strengths": [cell.strength for cell in record.cells],
             }
             there = files.read_json(done) if done.is_file() else {}
             if there.get("made_by") != made_by:
-                if record.layer not in meters:
-                    meters[record.layer] = ImmediateMeter(self.model, record.layer, vocabulary, protocol)
-                rival = next(one for one in self.rivals(record.layer) if one.name == record.method)
-                effects = meters[record.layer].measure(record, rival.direction(record.chosen))
+                effects: tuple[ImmediateEffect, ...] = ()
+                if record.concept in vocabulary().words:
+                    rival = next(one for one in self.rivals(record.layer) if one.name == record.method)
+                    effects = meter(record.layer).measure(record, rival.direction(record.chosen))
                 there = {"made_by": made_by, "effects": [asdict(effect) for effect in effects]}
                 done.parent.mkdir(parents=True, exist_ok=True)
                 files.write_json(done, there)

@@ -505,11 +505,15 @@ class Run:
         from .models import LanguageModel
 
         loaded = model if isinstance(model, LanguageModel) else model()
-        if loaded.fingerprint() != self.config["model"]["weights"]:
-            raise ValueError(
-                f"model: the weights of {loaded.name!r} are not those that {self.path} was collected from"
-            )
+        self.check_model(loaded)
         return loaded
+
+    def check_model(self, model: LanguageModel) -> None:
+        """Raises ValueError unless the model has the weights that the run was collected from."""
+        if model.fingerprint() != self.config["model"]["weights"]:
+            raise ValueError(
+                f"model: the weights of {model.name!r} are not those that {self.path} was collected from"
+            )
 
     def _has(self, layer: int, wanted: dict[str, Any], overwrite: bool) -> bool:
         """Whether ``layer`` is fitted with these options."""

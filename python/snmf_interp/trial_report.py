@@ -15,7 +15,7 @@ from .detecting import DetectionSummary, Interval
 
 if TYPE_CHECKING:
     from .immediate import ImmediateEffect
-    from .steering_protocol import SteeringRecord
+    from .steering_protocol import Outcome, SteeringRecord
 
 T = TypeVar("T")
 
@@ -86,15 +86,7 @@ def summarise_steering(
         scorer: whose scores.
         confidence: of the intervals.
     """
-    shared = _shared(
-        records,
-        [
-            outcome
-            if (outcome := record.results.get(scorer)) is not None and outcome.gain is not None
-            else None
-            for record in records
-        ],
-    )
+    shared = _shared(records, [_scored(record, scorer) for record in records])
     methods = list(dict.fromkeys(record.method for record in records))
 
     def by_concept(method: str, name: str) -> torch.Tensor:
@@ -162,6 +154,12 @@ def summarise_immediate(
     return rows
 
 
+def _scored(record: SteeringRecord, scorer: str) -> Outcome | None:
+    """What a scorer says of a record, where it could score both the texts and the unsteered ones."""
+    outcome = record.results.get(scorer)
+    return None if outcome is None or outcome.gain is None else outcome
+
+
 def _shared(
     records: Sequence[SteeringRecord], values: Sequence[T | None]
 ) -> dict[tuple[int, str], dict[str, T]]:
@@ -201,7 +199,7 @@ def curves(records: Sequence[SteeringRecord], scorer: str = "words") -> dict[str
     """
     cells = [
         {cell.target: cell for cell in record.cells if cell.sign == outcome.sign}
-        if (outcome := record.results.get(scorer)) is not None and outcome.gain is not None
+        if (outcome := _scored(record, scorer)) is not None
         else None
         for record in records
     ]
@@ -312,7 +310,7 @@ def draw(
     for row in summarise_immediate(records, effects):
         shifts.setdefault(row.method, {})[row.target] = row.shift.value
     scored = bool(records) and scorer is not None
-    panels = max(1, bool(detection) + 2 * scored + bool(shifts))
+    panels = bool(detection) + 2 * scored + bool(shifts)
     figure, grid = pyplot.subplots(
         1,
         panels,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from .detecting import DetectionSummary, Interval
     from .rivals import Trial
+    from .steering_protocol import SteeringRecord
     from .trial_report import ImmediateSummary, SteeringSummary
 
 
@@ -47,7 +48,20 @@ def show_detection(screen: Console, trial: Trial, layer: int, rows: Sequence[Det
     )
 
 
-def show_steering(screen: Console, title: str, rows: Sequence[SteeringSummary]) -> None:
+def show_steering(screen: Console, title: str, records: Sequence[SteeringRecord], scorer: str) -> None:
+    """A table for each layer, and one for all of them together; ``{}`` in the title stands for which."""
+    from .trial_report import summarise_steering
+
+    layers = sorted({record.layer for record in records})
+    for layer in layers:
+        rows = summarise_steering([record for record in records if record.layer == layer], scorer)
+        _show_steering(screen, title.replace("{}", f"layer {layer}"), rows)
+    if len(layers) > 1:
+        together = f"layers {', '.join(map(str, layers))} together"
+        _show_steering(screen, title.replace("{}", together), summarise_steering(records, scorer))
+
+
+def _show_steering(screen: Console, title: str, rows: Sequence[SteeringSummary]) -> None:
     screen.print(Text(f"\n{title}\n", style="bold"))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("method")
