@@ -300,38 +300,47 @@ def ridge_solve(
         ``X [batch, k, m]`` and ``info [batch]`` (int32): 0; or ``−e`` if it took e larger ridges; or the 1-based index
         of the pivot that was not positive at the last try, and that system's X is NaN then.
     """
-    lower, identity = G.tril(), torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
-
-    def factorised(steps: range) -> tuple[Tensor, Tensor]:
-        """Factors ``[steps, batch, k, k]`` after so many escalations, and their first bad pivots."""
-        ridges = [
-            escalated_ridge(G, ridge, floor, torch.full((len(G),), step, device=G.device)) for step in steps
-        ]
-        factors, info = torch.linalg.cholesky_ex(lower + torch.stack(ridges)[..., None, None] * identity)
-        # Not every library says that it met NaN.
-        bad = ~(torch.diagonal(factors, dim1=-2, dim2=-1) > 0)
-        if bad.shape[-1]:
-            info = torch.where((info == 0) & bad.any(-1), 1 + bad.to(info.dtype).argmax(-1), info)
-        return factors, info
-
-    if G.device.type == "cpu":
-        (factor,), (info,) = factorised(range(1))
-        for step in range(1, escalations + 1):
-            failed = info > 0
-            if not bool(failed.any()):
-                break
-            (again,), (info_again,) = factorised(range(step, step + 1))
-            factor = torch.where(failed[:, None, None], again, factor)
-            info = torch.where(failed, torch.where(info_again > 0, info_again, -step), info)
-    else:
-        # To ask whether one has failed would wait for the device: all are tried, side by side.
-        factors, infos = factorised(range(escalations + 1))
-        taken = (infos > 0).to(torch.int64).cumprod(0).sum(0).clamp(max=escalations)
-        of = torch.arange(len(G), device=G.device)
-        factor, info = factors[taken, of], infos[taken, of]
-        info = torch.where(info > 0, info, -taken)
+    # On a GPU the question whether one has failed would wait for the device.
+    factorised = _rung_by_rung if G.device.type == "cpu" else _all_rungs
+    factor, info = factorised(G, ridge, escalations, floor)
     X = torch.cholesky_solve(B, factor)
     return torch.where((info <= 0)[:, None, None], X, torch.nan), info.to(torch.int32)
+
+
+def _rung_by_rung(G: Tensor, ridge: float, escalations: int, floor: float) -> tuple[Tensor, Tensor]:
+    """Factors ``[batch, k, k]`` and ``info [batch]`` as of :func:`ridge_solve`; larger ridges only where one failed."""
+    (factor,), (info,) = _factors(G, ridge, floor, range(1))
+    for step in range(1, escalations + 1):
+        failed = info > 0
+        if not bool(failed.any()):
+            break
+        (again,), (info_again,) = _factors(G, ridge, floor, range(step, step + 1))
+        factor = torch.where(failed[:, None, None], again, factor)
+        info = torch.where(failed, torch.where(info_again > 0, info_again, -step), info)
+    return factor, info
+
+
+def _all_rungs(G: Tensor, ridge: float, escalations: int, floor: float) -> tuple[Tensor, Tensor]:
+    """The same with all ridges tried, side by side."""
+    factors, infos = _factors(G, ridge, floor, range(escalations + 1))
+    taken = (infos > 0).to(torch.int64).cumprod(0).sum(0).clamp(max=escalations)
+    of = torch.arange(len(G), device=G.device)
+    info = infos[taken, of]
+    return factors[taken, of], torch.where(info > 0, info, -taken)
+
+
+def _factors(G: Tensor, ridge: float, floor: float, steps: range) -> tuple[Tensor, Tensor]:
+    """Cholesky factors ``[steps, batch, k, k]`` after so many escalations, and their first bad pivots."""
+    ridges = [
+        escalated_ridge(G, ridge, floor, torch.full((len(G),), step, device=G.device)) for step in steps
+    ]
+    identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+    factors, info = torch.linalg.cholesky_ex(G.tril() + torch.stack(ridges)[..., None, None] * identity)
+    # Not every library says that it met NaN.
+    bad = ~(torch.diagonal(factors, dim1=-2, dim2=-1) > 0)
+    if bad.shape[-1]:
+        info = torch.where((info == 0) & bad.any(-1), 1 + bad.to(info.dtype).argmax(-1), info)
+    return factors, info
 
 
 def escalated_ridge(G: Tensor, ridge: float, floor: float, steps: Tensor) -> Tensor:

@@ -132,6 +132,30 @@ def test_the_floor_of_the_ladder(backend, device, batch, dtype):
     assert bool(raised.isnan().all())
 
 
+@pytest.mark.parametrize("escalations", [0, 1, 4])
+@pytest.mark.parametrize("silent", [False, True])
+def test_all_ridges_at_once_find_what_one_after_another_does(monkeypatch, escalations, silent):
+    """As a GPU tries them, also with a library that does not say that it met NaN."""
+    healthy = torch.diag(torch.tensor([1.0, 4.0, 2.0]))
+    broken = torch.full((3, 3), torch.nan)
+    G = torch.stack([healthy, -healthy, healthy - 1.5 * torch.eye(3), broken, torch.zeros(3, 3)]).double()
+    wanted_X, wanted = reference.ridge_solve(G, torch.ones(5, 3, 1).double(), 1e-3, escalations, 0.1)
+    assert (wanted > 0).tolist()[3]
+    if silent:
+        real = torch.linalg.cholesky_ex
+
+        def cholesky_ex(A):
+            factor, info = real(A)
+            nan = A.isnan().any(-1).any(-1)
+            return torch.where(nan[..., None, None], A, factor), torch.where(nan, 0, info)
+
+        monkeypatch.setattr(torch.linalg, "cholesky_ex", cholesky_ex)
+    monkeypatch.setattr(reference, "_rung_by_rung", reference._all_rungs)
+    X, info = reference.ridge_solve(G, torch.ones(5, 3, 1).double(), 1e-3, escalations, 0.1)
+    assert torch.equal(info, wanted)
+    assert torch.equal(X.nan_to_num(7), wanted_X.nan_to_num(7))
+
+
 def test_the_ridge_that_was_used():
     G = torch.diag_embed(torch.tensor([[1.0, 4.0], [2.0, 0.0], [-3.0, -1.0], [torch.nan, 8.0]]))
     steps = torch.tensor([0, 1, 2, 3])

@@ -124,10 +124,9 @@ class ImmediateMeter:
         strengths, directions = torch.tensor(list(row)), direction.expand(len(row), -1)
         chosen_by = self._choosing.measure(directions, strengths).shifts[:, own].mean(1)
         found = self._reporting.measure(directions, strengths)
+        # Of the concept itself nothing is left.
         strangers = [
-            rest
-            for concept, columns in self._columns.items()
-            if concept != record.concept and len(rest := columns[~torch.isin(columns, own)])
+            rest for columns in self._columns.values() if len(rest := columns[~torch.isin(columns, own)])
         ]
         effects = []
         for target in sorted({cell.target for cell in record.cells}):

@@ -301,10 +301,23 @@ class TestLabels:
             assert report["qualification"]["failures"] == []
             assert (labelled / "eval-labels" / "figure.png").read_bytes()[:4] == b"\x89PNG"
             # The same command does nothing twice; other options are another test.
+            real = label_trial.steer_concept
             monkeypatch.setattr(label_trial, "steer_concept", lambda *_, **__: pytest.fail("done again"))
             again = snmf("eval", labelled, *options, "--base-url", endpoint.url, "--json")
             assert again.exit_code == 0, again.output
             assert json.loads(again.stdout)["pairs"] == report["pairs"]
+            # A feature that has been fitted anew is another direction.
+            kept = next((labelled / "eval-labels" / "layer_0" / "snmf").glob("*.json"))
+            record = json.loads(kept.read_text())
+            kept.write_text(json.dumps(record | {"made_by": record["made_by"] | {"direction": "another"}}))
+            made: list[str] = []
+            monkeypatch.setattr(
+                label_trial,
+                "steer_concept",
+                lambda *args, **options: made.append(args[4]) or real(*args, **options),
+            )
+            assert snmf("eval", labelled, *options, "--base-url", endpoint.url).exit_code == 0
+            assert made == [record["concept"]]
             other = snmf("eval", labelled, *options, "--seed", 1, "--base-url", endpoint.url)
             assert other.exit_code == 2
             assert "use --overwrite" in " ".join(other.output.split())

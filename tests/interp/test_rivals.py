@@ -197,6 +197,9 @@ class TestPlanted:
         assert record.results["words"].missing == pytest.approx(3 / 8)
         assert all(cell.missing == {"words": 0.5} for cell in record.cells)
         assert not record.is_by([Words()])
+        # Also where they are missing on the reporting half alone.
+        cells = tuple(replace(cell, missing={}) for cell in record.cells)
+        assert not replace(record, cells=cells).is_by([Words()])
         # An endpoint that answers again.
         (record,) = silent.steer(0, [Words()], ("days",))
         assert record.results["words"].missing == 0
