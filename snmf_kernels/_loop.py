@@ -23,8 +23,10 @@ from .sparse import PassResult, SparseColumns
 EPS = 1e-6  # the paper's constant in the denominator of the multiplicative update
 
 # The fast iterations, decided by benchmarks/defaults: the paper's step for Z explores until an iteration gains less
-# than this share of the loss, at most so often.
-EXPLORE_GAIN, EXPLORE_MOST = 2e-3, 12
+# than this share of the loss, at most so often: by the start, since one that says little of the features gains for
+# longer, and the columns that it leads to are worse for every iteration less.
+EXPLORE_GAIN = 2e-3
+EXPLORE_MOST = {"kmeans": 6, "given": 6, "svd": 12, "random": 12}
 # Sweeps of column descent for each fresh A Yᵀ: they cost nothing in n.
 COLUMN_SWEEPS = 10
 # With refit="late", columns are chosen anew only until the loss is this share below what exploring reached: enough to
@@ -126,11 +128,19 @@ class FastIterations:
     """
 
     def __init__(
-        self, problem: Problem, Y: Tensor, monitor: Monitor, sweeps: int, refit: bool | str, steps: Steps
+        self,
+        problem: Problem,
+        Y: Tensor,
+        monitor: Monitor,
+        sweeps: int,
+        refit: bool | str,
+        steps: Steps,
+        *,
+        init: str,
     ) -> None:
         self.monitor = monitor
         self._problem, self._sweeps, self._steps = problem, sweeps, steps
-        self._schedule = _Schedule(refit, monitor)
+        self._schedule = _Schedule(refit, EXPLORE_MOST[init], monitor)
         self._state = steps.state(Y=Y, YYt=problem.data.gram_of_coefficients(Y))
         self._best = _Best(Y, problem.data.kernels)
         # Which features a token uses cannot be found again from Z, as the optimum over all of them can.
@@ -245,8 +255,8 @@ class _Best:
 class _Schedule:
     """Which step for Z comes next."""
 
-    def __init__(self, refit: bool | str, monitor: Monitor) -> None:
-        self._refit, self._monitor = refit, monitor
+    def __init__(self, refit: bool | str, explore_most: int, monitor: Monitor) -> None:
+        self._refit, self._explore_most, self._monitor = refit, explore_most, monitor
         self._explored = self._frozen = 0
         # The loss below which the support stays as it is, once exploring is over.
         self._target: float | None = None
@@ -275,7 +285,7 @@ class _Schedule:
             return True
         if self._refit is True or self._target is not None:
             return False
-        return self._explored < EXPLORE_MOST and self._monitor.gain >= EXPLORE_GAIN
+        return self._explored < self._explore_most and self._monitor.gain >= EXPLORE_GAIN
 
 
 def refit_on_support(Z: SparseColumns, AYt_kept: Tensor, YYt: Tensor, problem: Problem) -> SparseColumns:

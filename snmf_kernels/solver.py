@@ -239,7 +239,9 @@ class Task:
         if options.solver == "mu":
             self._iterations = PaperIterations(problem, Y, monitor, options.sweeps, steps)
         else:
-            self._iterations = FastIterations(problem, Y, monitor, options.sweeps, options.refit, steps)
+            self._iterations = FastIterations(
+                problem, Y, monitor, options.sweeps, options.refit, steps, init=options.init
+            )
 
     @property
     def wants_more(self) -> bool:

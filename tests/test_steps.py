@@ -109,7 +109,7 @@ def test_same_factors_as_without(name, like_a_gpu, monkeypatch):
     # The number of iterations is given, since decisions that follow from losses come later.
     options |= {"tol": 0.0, "patience": 1000, "max_iter": options.get("max_iter", 12)}
     monkeypatch.setattr(_loop, "EXPLORE_GAIN", 0.0)
-    monkeypatch.setattr(_loop, "EXPLORE_MOST", 4)
+    monkeypatch.setitem(_loop.EXPLORE_MOST, "kmeans", 4)
     monkeypatch.setattr(_loop, "LATE_GAIN", 1.0)
     deferred = fit(A, 12, **options)
     # What keeps so many features to a token is composed of plain torch, and may wait.
@@ -117,7 +117,7 @@ def test_same_factors_as_without(name, like_a_gpu, monkeypatch):
     assert all(recording.replayed for recording in recordings)
     monkeypatch.undo()
     monkeypatch.setattr(_loop, "EXPLORE_GAIN", 0.0)
-    monkeypatch.setattr(_loop, "EXPLORE_MOST", 4)
+    monkeypatch.setitem(_loop.EXPLORE_MOST, "kmeans", 4)
     monkeypatch.setattr(_loop, "LATE_GAIN", 1.0)
     plain = fit(A, 12, **options)
     assert deferred.n_iter == plain.n_iter
