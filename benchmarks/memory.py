@@ -18,6 +18,8 @@ snmf_kernels.fit(torch.rand(300, 64).T, 5, max_iter=8)
 before = kilobytes("VmRSS")
 if storage == "strided":  # every second token of twice as many
     A = torch.empty(2 * n, d).normal_()[::2].T
+elif storage == "strided both ways":  # every second neuron of twice as many
+    A = torch.empty(n, 2 * d).normal_()[:, ::2].T
 else:
     A = torch.empty(n, d).normal_().to(getattr(torch, dtype)).T
 open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here

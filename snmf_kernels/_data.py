@@ -148,9 +148,10 @@ class DataMatrix:
 
     def columns(self, tokens: Tensor) -> Tensor:
         """A copy of the columns of some tokens, converted and scaled, ``[d, len(tokens)]``."""
-        # torch gathers rows that lie together much faster than columns that do not.
-        token_major = self.A.stride(0) == 1
-        chosen = self.A.T.index_select(0, tokens).T if token_major else self.A.index_select(1, tokens)
+        # torch gathers rows that lie together much faster than columns that do not, and copies all of a matrix first
+        # whose columns it is to gather where its rows do not lie together.
+        neuron_major = self.A.stride(1) == 1
+        chosen = self.A.index_select(1, tokens) if neuron_major else self.A.T.index_select(0, tokens).T
         chosen = chosen.to(self.dtype)
         return chosen if self._inverse_scale is None else chosen.mul_(self._inverse_scale[:, None])
 
@@ -161,7 +162,7 @@ class DataMatrix:
 
     def transposed_times(self, left: Tensor) -> Tensor:
         """``leftᵀ A`` for ``left [d, r]``, as ``[r, n]``."""
-        if self.A.dtype == self.dtype:
+        if self.A.dtype == self.dtype and 1 in self.A.stride():
             return self.scaled(left).T @ self.A
         product = torch.empty(left.shape[1], self.n, dtype=self.dtype, device=self.device)
         for tokens, block in self.transposed_times_blocks(left):
@@ -182,13 +183,13 @@ class DataMatrix:
     def gram_of_coefficients(self, Y: Tensor) -> Tensor:
         """``Y diag(w) Yᵀ [k, k]`` for the token weights w."""
         if self.token_weights is not None:
-            gram = torch.zeros(len(Y), len(Y), dtype=self.dtype, device=self.device)
+            gram = torch.zeros(len(Y), len(Y), dtype=Y.dtype, device=self.device)
             for tokens, _ in self._raw_blocks():
                 gram.addmm_(Y[:, tokens] * self.token_weights[tokens], Y[:, tokens].T)
             return gram
         if len(Y) < _BLOCKED_GRAM or self.device.type != "cpu":
             return Y @ Y.T
-        gram = torch.empty(len(Y), len(Y), dtype=self.dtype)
+        gram = torch.empty(len(Y), len(Y), dtype=Y.dtype)
         for start in range(0, len(Y), _GRAM_BLOCK):
             rows = slice(start, start + _GRAM_BLOCK)
             torch.mm(Y[rows], Y[start:].T, out=gram[rows, start:])
@@ -226,6 +227,17 @@ class DataMatrix:
         inverse = self._inverse_scale
         return result._replace(AYt=result.AYt * (inverse[Z.indices] if products == "kept" else inverse))
 
+    def squared_residual(self, Z: SparseColumns, Y: Tensor) -> float:
+        """``‖A − Z Y‖²`` of the matrix this stands for and Z in its units, tokens weighted, from the residual."""
+        precise = precise_dtype(self.device)
+        total = torch.zeros((), dtype=precise, device=self.device)
+        dense = Z.to_dense().to(precise)
+        for tokens, block in self._raw_blocks():
+            left = self.scaled(block.to(precise)) - dense @ Y[:, tokens].to(precise)
+            squares = left.square_().sum(0)
+            total += (squares if self.token_weights is None else squares * self.token_weights[tokens]).sum()
+        return float(total)
+
     def tail_energy(self, k: int) -> float:
         """``Σ_{i>k} σ_i²``, of the singular values of the matrix this stands for, tokens weighted."""
         precise = precise_dtype(self.device)
@@ -256,7 +268,7 @@ class DataMatrix:
         return Z if self.scale is None else Z.scaled_rows(self.scale)
 
     def scaled(self, Z: Tensor) -> Tensor:
-        """A dense ``Z [d, r]`` in the units of A, in scaled ones."""
+        """A dense ``[d, r]`` in the units of A, in scaled ones."""
         return Z if self._inverse_scale is None else Z * self._inverse_scale[:, None]
 
     def _row_weights(self) -> Tensor | float:

@@ -26,7 +26,7 @@ EPS = 1e-6  # the paper's constant in the denominator of the multiplicative upda
 # than this share of the loss, at most so often: by the start, since one that says little of the features gains for
 # longer, and the columns that it leads to are worse for every iteration less.
 EXPLORE_GAIN = 2e-3
-EXPLORE_MOST = {"kmeans": 6, "given": 6, "svd": 12, "random": 12}
+EXPLORE_MOST = {"kmeans": 6, "svd": 12, "random": 12, "given": 12}
 # Sweeps of column descent for each fresh A Yᵀ: they cost nothing in n.
 COLUMN_SWEEPS = 10
 # With refit="late", columns are chosen anew only until the loss is this share below what exploring reached: enough to
@@ -37,7 +37,7 @@ LATE_GAIN = 0.025
 FROZEN = 2
 # Coordinate descent leaves tokens alone once a sweep changes them by less than this share.
 SWEEP_TOL = 1e-3
-# The last Y is the optimum on the last Z to this KKT residual, in at most so many sweeps.
+# The last Y is swept on the last Z until a sweep changes tokens by less than this share, at most so many times.
 FINAL_TOL, FINAL_SWEEPS = 1e-3, 100
 # So many larger ridges are tried where rounding has left Y Yᵀ without a Cholesky factor. Rounding takes a few times
 # k eps off its eigenvalues, and the largest ridge is 1e7 eps.
@@ -124,7 +124,9 @@ class FastIterations:
     column descent, which never does, then least squares of each neuron on its support. *frozen*: the latter only, from
     those entries of A Yᵀ that the pass before gave, so that a CPU needs no dense product with A.
 
-    Rows of Y are taken at unit norm throughout the steps for Z, so that a ridge means the same for each of them.
+    Rows of Y are taken at unit norm throughout the steps for Z, so that a ridge means the same for each of them. These
+    steps see the residual and the penalty l2, but not l1, whose minimiser would shrink whole columns; a fit with l1 may
+    therefore rise a little between its best iterations.
     """
 
     def __init__(
@@ -159,6 +161,9 @@ class FastIterations:
         norms[: problem.n_fixed] = 1
         free = norms[problem.n_fixed :]
         G = state.YYt / (norms[:, None] * norms)
+        if problem.l2:
+            # Given Y the penalty is a ridge on Z by feature.
+            G = G + problem.l2 * torch.diag(torch.diagonal(G))
         G_free = G[problem.n_fixed :, problem.n_fixed :]
         if step == "frozen":
             Z = state.features().scaled_columns(free)

@@ -21,8 +21,9 @@ class Problem:
 
         ‖A − Z Y‖² + 2 threshold Σ_it ‖z_i‖ y_it + l2 Σ_it (‖z_i‖ y_it)²
 
-    The penalties are on the contributions ``‖z_i‖ y_it`` of features to tokens, which no scaling between a column of
-    Z and its row of Y changes. With token weights, each token's terms are weighted.
+    by steps for Y that see all of it, and steps for Z that do not see the threshold's term. The penalties are on the
+    contributions ``‖z_i‖ y_it`` of features to tokens, which no scaling between a column of Z and its row of Y changes.
+    With token weights, each token's terms are weighted.
 
     Attributes:
         data: the (scaled) activations.

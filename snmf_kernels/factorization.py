@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import _backends, _checks
-from ._data import DataMatrix, as_matrix, as_weights, relative
+from ._data import DataMatrix, as_matrix, as_weights, precise_dtype, relative
 from ._precision import product_precision
-from ._problem import Problem, dot, kept_count, kkt_residual
+from ._problem import Problem, kept_count, kkt_residual
 from ._version import __version__
 from .sparse import SparseColumns
 
@@ -70,8 +70,8 @@ class Certificate:
 
     Attributes:
         kkt_residual: distance of Y from the optimum on this Z, as in :class:`Encoding`.
-        swap_residual: the largest share of the loss that choosing one column of Z anew, support and values, would save
-            with all else as it is. 0: no single column can be improved.
+        swap_residual: the largest share of ``‖A − Z Y‖²`` that choosing one column of Z anew, support and values, would
+            save with all else as it is, whatever the penalties. 0: no single column can be improved.
         relative_loss: ``‖A − Z Y‖² / ‖A‖²``.
         lower_bound: ``Σ_{i>k} σ_i² / ‖A‖²`` with the singular values of A: no matrix of rank k, sparse or not, has a
             smaller relative loss (Eckart & Young 1936). None if it was not asked for.
@@ -209,17 +209,19 @@ class Factorization:
             problem, features = self._problem(data)
             ZtZ = problem.gram(features)
             measured = problem.update_coefficients(features, ZtZ, Y, 0, out=torch.empty_like(Y), measure=True)
-            AYt, YYt = data.times_coefficients(Y), data.gram_of_coefficients(Y)
             squared_norm = float(data.squared_norm())
-            explained = 2 * dot(features.gather(AYt), features.values) - dot(ZtZ, YYt)
-            loss = max(0.0, squared_norm - float(explained))
+            # From the residual, and from sums in float64: what is left of a good fit is lost in those of float32.
+            loss = data.squared_residual(features, Y)
+            precise = Y.to(precise_dtype(Y.device))
+            AYt, YYt = data.times_coefficients(precise), data.gram_of_coefficients(precise)
             gains = _gains_of_choosing_anew(features, AYt, YYt, problem.count)[
                 self.options.get("n_fixed", 0) :
             ]
             tail = data.tail_energy(self.k) if bound else None
         return Certificate(
             kkt_residual=kkt_residual(measured),
-            swap_residual=relative(float(gains.max()), loss),
+            # The gain is of sums as large as A, the loss is not.
+            swap_residual=min(1.0, relative(float(gains.max()), loss)),
             relative_loss=relative(loss, squared_norm),
             lower_bound=None if tail is None else relative(tail, squared_norm),
         )
@@ -348,7 +350,7 @@ def sparse_features(Z: Tensor) -> SparseColumns:
 
 def _gains_of_choosing_anew(Z: SparseColumns, AYt: Tensor, YYt: Tensor, count: int) -> Tensor:
     """By how much the loss falls when each column of Z by itself is replaced by the best one, ``[k]``."""
-    dense = Z.to_dense().T
+    dense = Z.to_dense().T.to(AYt.dtype)
     energy = torch.diagonal(YYt)
     used = energy > 0
     rest = AYt - YYt @ dense + energy[:, None] * dense

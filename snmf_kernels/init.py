@@ -36,21 +36,31 @@ def svd_init(data: DataMatrix, k: int, generator: torch.Generator) -> Tensor:
 
     Of the two signs of a triplet, that is taken whose V has the larger positive part.
     The triplets come from a randomised range finder with power iterations (Halko, Martinsson & Tropp 2011,
-    algorithm 4.4). Where k exceeds the rank that A can have, the remaining features start at random.
+    algorithm 4.4). Where k exceeds the rank that A can have, the remaining features start at random. With token weights
+    w they are those of ``A diag(√w)``, and V is what A itself, token by token, has of them.
     """
+    roots = None if data.token_weights is None else data.token_weights.sqrt()
+
+    def transposed_times(left: Tensor) -> Tensor:
+        product = data.transposed_times(left)
+        return product if roots is None else product * roots
+
     rank = min(k, data.d, data.n)
     width = min(rank + 10, data.d, data.n)
     basis = _on(data, torch.randn(data.n, width, generator=generator, **DRAWN))
-    basis = _orthonormal(data.times(basis).T)  # [d, width]
+    basis = _orthonormal(data.times(basis, roots).T)  # [d, width]
     for _ in range(4):
-        basis = _orthonormal(data.transposed_times(basis).T)  # [n, width]
-        basis = _orthonormal(data.times(basis).T)
-    small = data.transposed_times(basis)  # [width, n]
-    _, S, Vh = torch.linalg.svd(small, full_matrices=False)
-    root = S[:rank].clamp(min=0).sqrt()
+        basis = _orthonormal(transposed_times(basis).T)  # [n, width]
+        basis = _orthonormal(data.times(basis, roots).T)
+    small = transposed_times(basis)  # [width, n]
+    U, S, Vh = torch.linalg.svd(small, full_matrices=False)
+    S = S[:rank].clamp(min=0)
+    root = S.sqrt()
     V = Vh[:rank]
     # The sign of a pair of singular vectors is arbitrary: take that which loses less to the clamp.
     sign = torch.where(V.clamp(min=0).norm(dim=1) >= V.clamp(max=0).norm(dim=1), 1.0, -1.0).to(V.dtype)
+    if roots is not None:
+        V = U[:, :rank].T @ data.transposed_times(basis) / torch.where(S > 0, S, torch.inf)[:, None]
     Y = random_init(data, k, generator)
     Y[:rank] = ((sign * root)[:, None] * V).clamp(min=FLOOR)
     return Y
@@ -121,8 +131,11 @@ def kmeans_centroids(
 def _add_to_clusters(sums: Tensor, members: Tensor, label: Tensor, tokens: Tensor) -> None:
     """Adds tokens ``[d, m]`` to the sums ``[d, clusters]`` of their clusters, and counts them."""
     if tokens.device.type == "cpu":
-        # A token lies together: torch adds rows a hundred times sooner than columns.
-        sums.T.index_add_(0, label, tokens.T)
+        # Along the tokens where they lie together: torch adds rows a hundred times sooner than strided columns.
+        if tokens.stride(0) == 1:
+            sums.T.index_add_(0, label, tokens.T)
+        else:
+            sums.index_add_(1, label, tokens)
         members += torch.bincount(label, minlength=len(members))
         return
     # On a GPU these two add in any order, so that no two fits have the same bits, and wait for the device.

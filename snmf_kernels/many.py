@@ -58,8 +58,8 @@ def fit_many(
 ) -> list[Factorization]:
     """Fits several matrices, or one matrix with several k or seeds, each as :func:`fit` does by itself.
 
-    Of ``A``, ``k`` and ``seed`` each may be one for all members, or a sequence with one for each; sequences must be of
-    one length.
+    Of ``A``, ``k`` and ``seed`` each may be one for all members, or a sequence (a list, a range, for k and seed also an
+    array) with one for each; sequences must be of one length.
 
     On a GPU up to ``at_once`` members take turns, each on a stream of its own, so that small steps of one run beside
     large ones of another and no member waits for the host. On a CPU they run one after another, each on all threads:
@@ -79,8 +79,9 @@ def fit_many(
         A :class:`Factorization` for each member, in order.
 
     Raises:
-        TypeError, ValueError: an argument is not as described.
-        FitManyError: a member failed. The others were finished first and are in its ``results``.
+        TypeError, ValueError: the sequences do not match, or ``fit`` has no such option.
+        FitManyError: a member failed, as all do where an option's value is not as described. The others were finished
+            first and are in its ``results``.
     """
     settings = _settings(options)
     waiting = _members(A, k, seed, callback, settings)
@@ -168,19 +169,26 @@ def _members(
     A: Any, k: Any, seed: Any, callback: ManyCallback | None, settings: dict[str, Any]
 ) -> deque[_Member]:
     given = {"A": A, "k": k, "seed": seed}
-    lists = {name: list(value) for name, value in given.items() if isinstance(value, list | tuple)}
+    lists = {name: listed for name, value in given.items() if (listed := _listed(name, value)) is not None}
     lengths = {name: len(value) for name, value in lists.items()}
     if not lengths:
-        raise TypeError("A, k, seed: wanted a list or tuple of at least one of them; for one fit use fit")
+        raise TypeError("A, k, seed: wanted a sequence of at least one of them; for one fit use fit")
     count = next(iter(lengths.values()))
     if set(lengths.values()) != {count} or count == 0:
         found = ", ".join(f"{length} of {name}" for name, length in lengths.items())
-        raise ValueError(f"A, k, seed: wanted lists of one length, at least 1, got {found}")
+        raise ValueError(f"A, k, seed: wanted sequences of one length, at least 1, got {found}")
     columns = [lists.get(name, [value] * count) for name, value in given.items()]
     return deque(
         _Member(number, matrix, features, start, callback, settings)
         for number, (matrix, features, start) in enumerate(zip(*columns, strict=True))
     )
+
+
+def _listed(name: str, value: Any) -> list[Any] | None:
+    """One for each member, or None for one for all."""
+    if name != "A" and isinstance(value, np.ndarray | Tensor) and value.ndim == 1:
+        return list(value.tolist())
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
 
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:

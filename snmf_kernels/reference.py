@@ -73,9 +73,10 @@ def sparse_product(Z: SparseColumns, A: Tensor) -> Tensor:
 def dense_product(Y: Tensor, A: Tensor, token_weights: Tensor | None = None) -> Tensor:
     """``(A diag(token_weights) Yᵀ)ᵀ [k, d]`` for ``Y [k, n]``, in the dtype of Y, and ``A [d, n]`` of any.
 
-    As ``[k, d]``, so that a feature's neurons lie together. A is converted block by block, where that is needed.
+    As ``[k, d]``, so that a feature's neurons lie together. A is converted block by block, where that is needed, also
+    where neither neurons nor tokens lie together: a product would copy all of it.
     """
-    if A.dtype == Y.dtype and token_weights is None:
+    if A.dtype == Y.dtype and token_weights is None and 1 in A.stride():
         return Y @ A.T
     product = Y.new_zeros(len(Y), len(A))
     for tokens in token_blocks(A):

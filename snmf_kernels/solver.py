@@ -79,7 +79,7 @@ class Options:
             raise ValueError(
                 f"keep: wanted a fraction in (0, 1] (0.01 keeps 1 % of the neurons), got {self.keep}"
             )
-        if self.refit not in (True, False, "late"):
+        if not isinstance(self.refit, bool) and self.refit != "late":
             raise ValueError(f"refit: wanted True, False or 'late', got {self.refit!r}")
         if not isinstance(self.allow_tf32, bool):
             raise TypeError(f"allow_tf32: wanted True or False, got {self.allow_tf32!r}")
@@ -148,10 +148,11 @@ def fit(
     4. ``Y ← Y ∘ sqrt((P⁺ + Q⁻Y) / (P⁻ + Q⁺Y + 1e-6))`` with ``P = ZᵀA``, ``Q = ZᵀZ``, ``sweeps`` times
     5. the loss; the best pair is remembered
 
-    ``solver="auto"`` reaches that iteration's loss hundreds of times sooner. It starts from clusters of tokens, lets
-    several sweeps of coordinate descent over Y follow each pass over A, and after steps 1 and 2 have found their
-    supports it chooses each column anew, exactly, given the others, and solves each neuron's least squares on its
-    support. Its last Y is the optimum on its Z (what ``Factorization.encode`` gives).
+    ``solver="auto"`` reaches that iteration's loss a hundred to several hundred times sooner (README). It starts from
+    clusters of tokens, lets several sweeps of coordinate descent over Y follow each pass over A, and after steps 1 and
+    2 have found their supports it chooses each column anew, exactly, given the others, and solves each neuron's least
+    squares on its support. Its last Y is swept on its Z until that changes a token by less than 1e-3 of itself
+    (``Factorization.encode`` goes on to a KKT residual).
 
     Two settings to know: the default makes the better detectors of concepts; for the smallest loss, ``refit=True,
     neuron_scale=None``. README and ``benchmarks/defaults`` have the figures.
@@ -164,10 +165,11 @@ def fit(
         keep: fraction of neurons that a feature keeps.
         solver: ``"auto"`` or ``"mu"``. The latter's 1e-6 in step 4 is absolute, so entries of A should not be much
             below 0.01 (or use ``neuron_scale``).
-        refit: ``"auto"`` only. ``"late"`` (default): as above, supports chosen anew after exploring, once or twice,
-            until the loss is 2.5 % below what exploring reached. True: again and again, from the second iteration on: a
-            smaller loss, but features that follow loud neurons. False: steps 1 and 2 throughout, at a loss like the
-            paper's; its features detect concepts a little better still.
+        refit: ``"auto"`` only. ``"late"`` (default): as above, supports chosen anew after exploring (at most 6 times
+            from clusters, else 12) until the loss is 2.5 % below what exploring reached or stops falling: mostly once.
+            True: again and again, from the second iteration on: a smaller loss, but features that follow loud neurons.
+            False: steps 1 and 2 throughout, at a loss like the paper's; its features detect concepts a little better
+            still.
         sweeps: over Y in an iteration. Default: ``d / k``, at least 2 and at most 10, and 1 for ``"mu"``.
         init: ``"kmeans"`` (default: spherical k-means of a sample of the tokens), ``"random"`` (the paper's, and the
             default for ``"mu"``), ``"svd"``, or a pair ``(Z0 [d, k], Y0 [k, n])``. Of
@@ -178,7 +180,7 @@ def fit(
             original units all the same. None: as it is.
         l1: penalty ``2 l1 ν Σ ‖z_i‖ y_it`` with ν the root mean square norm of a token: a feature is used on a token
             only as far as the token's projection on it exceeds the share ``l1`` of a typical token. For sparser Y,
-            try 0.01 to 0.1. Not for ``"mu"``, like the next four.
+            try 0.01 to 0.1. It decides Y; Z is chosen without it. Not for ``"mu"``, like the next four.
         l2: penalty ``l2 Σ (‖z_i‖ y_it)²``.
         max_active: at most so many features on a token: those of largest ``‖z_i‖ y_it``. None: any number. The
             sweeps that make the last Y the optimum are left out then, since they would choose anew.
@@ -337,6 +339,12 @@ def prepare(
         if options.neuron_scale == "rms":
             data.scale_neurons()
         squared_norm = float(data.squared_norm())
+        if 0 < squared_norm / matrix.numel() < torch.finfo(working).tiny:
+            raise ValueError(
+                f"A: its values are too small for {options.dtype}, in which their products vanish (root mean square "
+                f"{math.sqrt(squared_norm / matrix.numel()):.2g}); multiply A by a constant, or use "
+                "neuron_scale='rms' or dtype=torch.float64"
+            )
         problem = Problem(
             data,
             kept_count(options.keep, data.d),

@@ -382,6 +382,11 @@ REFUSALS = {
         r"keep: wanted a fraction in \(0, 1\].*got 5",
     ),
     "solver": (lambda: fit(MATRIX, 1, solver="als"), ValueError, "solver: wanted one of auto, mu, got 'als'"),
+    "tiny values": (
+        lambda: fit(MATRIX.float() * 2.0**-80, 1, neuron_scale=None),
+        ValueError,
+        "A: its values are too small for float32",
+    ),
     "init": (lambda: fit(MATRIX, 1, init="nndsvd"), ValueError, "init: wanted one of random, svd, kmeans"),
     "init type": (lambda: fit(MATRIX, 1, init=3), TypeError, "init: wanted"),
     "init none": (lambda: fit(MATRIX, 1, init=(None, None)), ValueError, "init: wanted Z0, Y0 or both"),

@@ -38,6 +38,14 @@ def test_one_matrix_with_several_seeds():
     assert not torch.equal(results[0].Y, results[1].Y)
 
 
+@pytest.mark.parametrize("seeds", [range(1, 3), np.array([1, 2]), torch.tensor([1, 2]), (1, 2)])
+def test_seeds_in_any_sequence(seeds):
+    A = matrices(1)[0]
+    results = fit_many(A, 3, seed=seeds, keep=0.2, max_iter=8)
+    for seed, result in zip((1, 2), results, strict=True):
+        assert_same(result, fit(A, 3, seed=seed, keep=0.2, max_iter=8))
+
+
 def test_numpy_gives_numpy():
     result = fit_many([matrices(1)[0].numpy()], 3, keep=0.2, max_iter=5)[0]
     assert isinstance(result.Y, np.ndarray)
@@ -93,7 +101,7 @@ def test_a_member_that_fails_on_the_way():
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "text"),
     [
-        ((torch.rand(9, 9), 2), {}, TypeError, "wanted a list or tuple of at least one of them"),
+        ((torch.rand(9, 9), 2), {}, TypeError, "wanted a sequence of at least one of them"),
         (([], 2), {}, ValueError, "at least 1, got 0 of A"),
         (([torch.rand(9, 9)] * 2, [2, 2, 3]), {}, ValueError, "got 2 of A, 3 of k"),
         (([torch.rand(9, 9)], 2), {"kepe": 0.1}, TypeError, "kepe: fit has no such option; it has keep, solver"),

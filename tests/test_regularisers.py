@@ -325,6 +325,25 @@ def test_weight_zero_leaves_a_token_out(activations, options, backend, neuron_sc
 
 
 @pytest.mark.parametrize("neuron_scale", SCALES)
+@pytest.mark.parametrize("init", ["kmeans", "random", "svd"])
+def test_a_token_of_weight_zero_has_no_say_in_the_start(activations, init, neuron_scale):
+    kept = torch.rand(300, generator=torch.Generator().manual_seed(2)) < 0.6
+    wild = activations.clone()
+    wild[:, ~kept] = 100 * activations.flip(0)[:, ~kept]
+    options = {"keep": 0.1, "init": init, "neuron_scale": neuron_scale, "token_weights": kept.double()}
+    tame, other = (fit(A, 6, max_iter=3, **options) for A in (activations, wild))
+    assert_near(other.Z, tame.Z, 1e-3)  # sweeps end tile by tile
+
+
+def test_the_start_by_svd_is_that_of_weighted_tokens(activations):
+    weights = torch.rand(300, generator=torch.Generator().manual_seed(2)).double() + 0.1
+    options = {"keep": 1.0, "init": "svd", "neuron_scale": None, "max_iter": 1, "refit": False}
+    weighted = fit(activations, 6, token_weights=weights, **options)
+    plain = fit(activations * weights.sqrt(), 6, **options)
+    assert_near(weighted.Z, plain.Z, 0.05)  # the draws below the rank's floor differ
+
+
+@pytest.mark.parametrize("neuron_scale", SCALES)
 @pytest.mark.parametrize("options", [{}, {"l1": 0.05, "l2": 0.1, "max_active": 3}])
 def test_integer_weights_repeat_tokens(activations, options, neuron_scale):
     times = torch.randint(0, 4, (300,), generator=torch.Generator().manual_seed(2))
@@ -423,6 +442,8 @@ def test_bad_token_weights_are_refused(activations, case):
         ({"max_active": 0}, "max_active: wanted an integer >= 1, got 0"),
         ({"max_active": 2.5}, "max_active: wanted an integer >= 1, got 2.5"),
         ({"refit": "early"}, "refit: wanted True, False or 'late', got 'early'"),
+        ({"refit": 0}, "refit: wanted True, False or 'late', got 0"),
+        ({"refit": 1}, "refit: wanted True, False or 'late', got 1"),
     ],
 )
 def test_bad_values_are_refused_by_name(activations, options, message):
@@ -493,11 +514,32 @@ def test_refit_explores_chooses_or_both(seed, neuron_scale):
 
     assert shared(True, False) == shared(True, "late") == 1, "True chooses from the second iteration on"
     explored = shared(False, "late")
-    assert 2 <= explored <= 12
+    assert 2 <= explored <= 6, "from clusters"
     # Choosing anew never raises the loss, exploring may.
     for history in (histories[True], histories["late"][explored - 1 :]):
         assert all(after <= before * (1 + 1e-10) for before, after in itertools.pairwise(history))
         assert history[-1] < history[0]
+
+
+@pytest.mark.parametrize("l2", [0.1, 0.5, 2.0])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_choosing_anew_never_raises_what_the_squared_penalty_makes_of_the_loss(seed, l2):
+    options = {"keep": 0.05, "refit": True, "l2": l2, "tol": 0, "patience": 99, "max_iter": 40}
+    history = fit(noisy(seed), 12, **options).loss_history
+    assert all(after <= before * (1 + 1e-10) for before, after in itertools.pairwise(history))
+
+
+@pytest.mark.parametrize(("init", "most"), [("kmeans", 6), ("random", 12), ("svd", 12), ("given", 12)])
+def test_how_often_it_explores_at_most_depends_on_the_start(monkeypatch, init, most):
+    monkeypatch.setattr("snmf_kernels._loop.EXPLORE_GAIN", 0.0)
+    A = noisy(0)
+    start = (None, given_start(12, 600)) if init == "given" else init
+    options = {"keep": 0.05, "init": start, "tol": 0, "patience": 99, "max_iter": 20}
+    exploring, late = (fit(A, 12, refit=refit, **options).loss_history for refit in (False, "late"))
+    shared = sum(
+        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(exploring, late, strict=True))
+    )
+    assert shared == most
 
 
 @pytest.mark.parametrize("fixed", [None, torch.ones(150, 1).double()])
@@ -683,13 +725,31 @@ def test_certificates_of_exact_and_of_empty_data():
     certificate = result.certificate(exact)
     assert certificate.relative_loss < 1e-14
     assert certificate.lower_bound < 1e-14
-    assert certificate.gap is not None
     assert fit(exact, 9, keep=1.0).certificate(exact).lower_bound == 0, "no more singular values than that"
     nothing = torch.zeros(5, 6)
     certificate = fit(nothing, 2, keep=0.5).certificate(nothing)
     assert certificate == type(certificate)(0.0, 0.0, 0.0, 0.0)
     assert certificate.gap == 0
     assert type(certificate)(0.0, 0.0, 0.1, 0.0).gap == math.inf
+
+
+@pytest.mark.parametrize("noise", [1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("seed", [0, 2])
+def test_a_certificate_of_single_precision_sees_small_losses(seed, weighted, noise):
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.rand(300, 1, generator=generator) @ torch.rand(1, 2000, generator=generator)
+    A += noise * torch.randn(300, 2000, generator=generator)
+    weights = torch.rand(2000, generator=generator) + 0.5 if weighted else None
+    result = fit(A, 1, keep=1.0, neuron_scale=None, tol=0, patience=20, token_weights=weights)
+    certificate = result.certificate(A, token_weights=weights)
+    residual = (A.double() - result.Z.double() @ result.Y.double()).square()
+    share = (residual if weights is None else residual * weights.double()).sum()
+    whole = A.double().square()
+    share /= (whole if weights is None else whole * weights.double()).sum()
+    assert certificate.relative_loss == pytest.approx(float(share), rel=1e-4)
+    assert 0 <= certificate.gap < 0.05
+    assert 0 <= certificate.swap_residual < 0.05
 
 
 def test_certificate_of_arrays_and_of_the_paper_iteration(activations):
