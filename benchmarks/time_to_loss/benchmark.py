@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from machine import described, facts
 from published import PublishedLoop
 from real_activations import CASES, activations
 
@@ -134,18 +135,8 @@ def measure(case: tuple[str, int, int, str, int], setting: str, iterations: int 
         "seconds_per_published_iteration": statistics.median(per_iteration),
         "seconds": seconds,
         "losses": fits[0][1],
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "snmf_kernels": snmf_kernels.__version__,
-        "processor": processor(),
+        **facts(),
     }
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return "unknown"
 
 
 def compare(published: list[float], measured: dict[str, Any]) -> dict[str, float]:
@@ -196,7 +187,7 @@ def collected() -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        f"{rows[0]['processor']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}; 1 % kept. Seconds until "
+        f"{described(rows)}; 1 % kept. Seconds until "
         f"the best loss of {ITERATIONS:,} published iterations. *First*: against the iteration that first reached it; "
         f"*whole*: against all {ITERATIONS:,}; *near*: both until 1 % above that best. Final: "
         "`fit`'s final loss over that best. Loop: losses by the published "

@@ -1,0 +1,57 @@
+"""What a measurement ran on, to be kept beside it: times of different machines or code are no series."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import snmf_kernels
+
+FACTS = ("processor", "threads", "torch", "snmf_kernels", "commit")
+
+
+def facts() -> dict[str, Any]:
+    """Processor, threads, versions, and the commit of the checkout (with + where it has changes of its own)."""
+    return {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "snmf_kernels": snmf_kernels.__version__,
+        "commit": commit(),
+    }
+
+
+def processor() -> str:
+    """The name that Linux has for it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return "unknown"
+
+
+def commit() -> str:
+    """The commit of this checkout; "unknown" outside one."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "..")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def described(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The machines of some rows in words; more than one where the rows must not be compared with each other."""
+    kinds = {tuple((name, row.get(name, "unknown")) for name in FACTS) for row in rows}
+    return "; ".join(
+        "{processor}, {threads} threads, torch {torch}, commit {commit}".format(**dict(kind))
+        for kind in sorted(kinds, key=str)
+    )
