@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 T = TypeVar("T")
+_UNUSABLE = "unusable answer: "
 # How many characters of an answer or of an endpoint's message a reason quotes.
 _QUOTED = 200
 
@@ -111,6 +112,11 @@ class Parsed(Generic[T]):
     reason: str | None
     raw: str | None
 
+    @property
+    def unanswered(self) -> bool:
+        """Whether no answer came, so that asking again may help; the same unusable answer would come again."""
+        return self.value is None and not (self.reason or "").startswith(_UNUSABLE)
+
 
 def ask_json(
     model: ChatModel, requests: Sequence[Request], parse: Callable[[dict[str, Any]], T], *, repairs: int = 1
@@ -139,7 +145,7 @@ def ask_json(
                     parse(find_object(answer.text, cut_off=answer.cut_off)), None, answer.text
                 )
             except ValueError as error:
-                results[place] = Parsed(None, f"unusable answer: {error}", answer.text)
+                results[place] = Parsed(None, f"{_UNUSABLE}{error}", answer.text)
                 again[place] = asked[place].then(
                     answer.text, f"That cannot be used: {error}. Answer with the JSON object alone."
                 )

@@ -157,7 +157,8 @@ def random_sets(direction: Tensor, count: int, generator: torch.Generator) -> Te
 
     Returns:
         ``[count, d]``. The direction itself is one of the equally likely draws, so that the permutation test of
-        :func:`permutation_p` is exact.
+        :func:`permutation_p` is exact for a statistic that treats all alike. Where strengths are searched for, the
+        observed one lies up to 2 % above the divergence aimed at, in its favour by less than 1 % of its effect.
     """
     # A row of the argsort is a permutation of all neurons.
     order = torch.rand(count, len(direction), generator=generator).argsort(1)

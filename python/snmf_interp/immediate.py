@@ -40,7 +40,9 @@ class ImmediateEffect:
         kl: the divergence on the reporting prompts, in nats.
         shift: the change of the words' logits, less the mean change of words that were as likely without steering;
             averaged over the concept's words.
-        others: the mean over the other concepts of the same of *their* words: the control, near 0.
+        others: the mean over the other concepts of the same of *their* words: near 0 where the direction is specific.
+            No null for the choice of direction and sign, which only the concept's own words decide: that is the shift
+            under a random direction.
         log_probability: the change of the words' log-probability, averaged over them, in nats.
     """
 

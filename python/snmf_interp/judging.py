@@ -40,12 +40,14 @@ class Judgement:
         concept, fluency: 0, 1 or 2.
         reason: what failed.
         raw: what the judge wrote about concept and fluency.
+        unanswered: whether an answer did not come, so that asking again may help.
     """
 
     concept: int | None
     fluency: int | None
     reason: str | None = None
     raw: tuple[str | None, str | None] = (None, None)
+    unanswered: bool = False
 
     @property
     def score(self) -> float | None:
@@ -131,7 +133,13 @@ def judge(texts: Sequence[str], concept: str | Sequence[str], llm: ChatModel) ->
             if answer.reason
         ]
         judgements.append(
-            Judgement(about.value, reads.value, "; ".join(reasons) or None, (about.raw, reads.raw))
+            Judgement(
+                about.value,
+                reads.value,
+                "; ".join(reasons) or None,
+                (about.raw, reads.raw),
+                about.unanswered or reads.unanswered,
+            )
         )
     return judgements
 

@@ -11,9 +11,8 @@ not done again.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +23,7 @@ from torch import Tensor
 from .activations import collect
 from .attempts import kept_attempt, kept_unsteered, open_plan
 from .dictionaries import Dictionary, ProjectionDictionary, features, random_groups
-from .steering_protocol import Protocol, SteeringRecord, Unsteered, steer_concept
+from .steering_protocol import Protocol, SteeringRecord, Unsteered, direction_digest, steer_concept
 from .texts import Sample
 
 if TYPE_CHECKING:
@@ -115,13 +114,12 @@ class LabelTrial:
         label: str,
         scorers: Sequence[Scorer],
     ) -> SteeringRecord:
-        digest = hashlib.sha256(rival.direction(row).numpy().tobytes()).hexdigest()[:16]
+        digest = direction_digest(rival.direction(row))
 
         def make() -> SteeringRecord:
-            record = steer_concept(
+            return steer_concept(
                 self.model, layer, rival, [(row, None)], label, scorers, self.protocol, self.plain
             )
-            return replace(record, made_by=record.made_by | {"direction": digest})
 
         return kept_attempt(
             self.folder / f"layer_{layer}" / rival.name / f"{feature}.json",

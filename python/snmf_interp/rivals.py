@@ -43,7 +43,7 @@ from .evaluation import EPS, auroc, shuffle_labels, split_texts
 from .immediate import VERSION as IMMEDIATE_VERSION
 from .immediate import ImmediateEffect, ImmediateMeter, Vocabulary
 from .runs import versions
-from .steering_protocol import Protocol, SteeringRecord, Unsteered, aim, steer_concept
+from .steering_protocol import Protocol, SteeringRecord, Unsteered, aim, direction_digest, steer_concept
 from .text_scoring import Scorer, concept_words
 from .texts import read_texts
 from .words import stored_texts
@@ -65,7 +65,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 RIVALS = ("diffmeans", "sae", "neuron", "random", "permuted", *VARIANTS)
 # The autoencoder of the plan's size is trained with each of these shares of its latents active, and with as many
 # as the factorisation has positive coefficients a token; what detects best on the training texts is taken.
-_ACTIVE_SHARES = (0.1, 0.3)
+_ACTIVE_SHARES = (0.02, 0.05, 0.1, 0.3)
 # Best detectors that are kept for each concept, as candidates for steering.
 _MATCHES = 20
 _WORDS = "concept_words.json"
@@ -292,8 +292,13 @@ class Trial:
                         permuted=tuple(self.words),
                     )
 
+                def is_done(record: SteeringRecord, rival: Dictionary = rival) -> bool:
+                    # Not where the method was fitted anew since.
+                    digest = direction_digest(rival.direction(record.chosen))
+                    return record.made_by.get("direction") == digest and record.is_by(scorers)
+
                 done = self.folder / f"layer_{layer}" / "steering" / rival.name / f"{concept}.json"
-                yield kept_attempt(done, lambda record: record.is_by(scorers), make)
+                yield kept_attempt(done, is_done, make)
 
     def immediate(self, records: Sequence[SteeringRecord]) -> list[tuple[ImmediateEffect, ...]]:
         """What the directions of steering records do to the next token, without sampling; see :class:`ImmediateMeter`.
@@ -326,7 +331,7 @@ class Trial:
             made_by = {
                 "version": IMMEDIATE_VERSION,
                 "words": digest,
-                "direction": record.chosen,
+                "direction": record.made_by["direction"],
                 "strengths": [cell.strength for cell in record.cells],
             }
             there = files.read_json(done) if done.is_file() else {}

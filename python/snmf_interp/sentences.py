@@ -23,6 +23,7 @@ from . import prompts
 from .activations import collect
 from .answers import Request, ask_json
 from .concepts import text_scores
+from .dictionaries import features
 from .evaluation import concept_detection_score
 from .texts import Sample
 
@@ -131,8 +132,8 @@ def detect_sentences(
         layer: the layer; sentences of other layers are left out.
         sentences: of :func:`write_sentences`.
         scoring: how much a token activates a feature. ``"encode"``: its coefficient, features competing for the
-            token. ``"cosine"``: the similarity of its activations with the column of Z, as in the paper, cut at 0.
-            A sentence has that of its largest token.
+            token. ``"cosine"``: the similarity of its activations with the column of Z, as in the paper, cut at 0,
+            both divided by the neuron scale of the fit. A sentence has that of its largest token.
         eps: see :func:`snmf_interp.evaluation.concept_detection_score`; in units of the scores.
         confidence: of the interval.
         batch_size: sentences per forward pass.
@@ -164,11 +165,10 @@ def detect_sentences(
                     batch_size=batch_size, progress=False)  # fmt: skip
     A = store.layer(layer).float().T
     if scoring == "encode":
-        similarity = torch.as_tensor(factors.encode(A).Y).cpu()
+        coefficients = torch.as_tensor(factors.encode(A).Y).cpu()
+        by_text = text_scores(coefficients, store.samples(layer), len(texts))
     else:
-        unit = Z / Z.norm(dim=0).clamp_min(torch.finfo(Z.dtype).tiny)
-        similarity = (unit.T @ (A / A.norm(dim=0).clamp_min(torch.finfo(A.dtype).tiny))).relu_()
-    by_text = text_scores(similarity, store.samples(layer), len(texts))
+        by_text = features(factors).scores(A.T, store.samples(layer), len(texts))
     scores, first = [], 0
     for entry in written:
         middle = first + len(entry.activating)

@@ -12,6 +12,7 @@ strength on the prompt that it was found on.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -165,6 +166,7 @@ class Cell:
         scores: by scorer the mean score of its texts, None if none could be scored.
         texts: the continuations without their prompts; empty where the strength is that of an earlier cell.
         missing: by scorer the share of its texts without a score.
+        unanswered: by scorer how many of them a second question may give one.
     """
 
     target: float
@@ -175,6 +177,7 @@ class Cell:
     scores: dict[str, float | None]
     texts: tuple[str, ...] = ()
     missing: dict[str, float] = field(default_factory=dict)
+    unanswered: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -186,10 +189,12 @@ class Outcome:
         kl: the divergence at its strength on the reporting prompts.
         score, concept, fluency: means over the texts that could be scored, None if none could.
         baseline: the mean score of the unsteered texts, for the same concept.
-        permuted: the control: the mean over the other concepts of how far the same texts are above unsteered ones
-            as texts on *those*; None where it was not asked for.
+        permuted: how specific the steering is: the mean over the other concepts of how far the same texts are above
+            unsteered ones as texts on *those*; None where it was not asked for. No null for the choice of direction,
+            sign and divergence, which only the concept's own words decide: that is a random direction's ``gain``.
         missing: the share of texts without a score.
         texts: the continuations without their prompts.
+        unanswered: how many of the texts a second question may give a score.
     """
 
     target: float
@@ -203,6 +208,7 @@ class Outcome:
     permuted: float | None
     missing: float
     texts: tuple[str, ...]
+    unanswered: int = 0
 
     @property
     def gain(self) -> float | None:
@@ -220,7 +226,8 @@ class SteeringRecord:
         chosen: the index of the one taken.
         cells: each divergence and sign on the choosing prompts.
         results: by scorer; a scorer that could score nothing has none.
-        made_by: the protocol's version, the identity of each scorer, and the versions of packages.
+        made_by: the protocol's version, a digest of the direction, the identity of each scorer, and the versions of
+            packages.
     """
 
     layer: int
@@ -233,7 +240,7 @@ class SteeringRecord:
     made_by: dict[str, str] = field(default_factory=dict)
 
     def is_by(self, scorers: Sequence[Scorer]) -> bool:
-        """Whether these scorers, and this version of the protocol, have made it, and no score is missing."""
+        """Whether these scorers, and this version of the protocol, have made it, and none has yet to answer."""
         return self.made_by.get("protocol") == VERSION and all(
             self.made_by.get(scorer.name) == scorer.identity and self._is_complete(scorer.name)
             for scorer in scorers
@@ -241,9 +248,8 @@ class SteeringRecord:
 
     def _is_complete(self, scorer: str) -> bool:
         outcome = self.results.get(scorer)
-        return (
-            outcome is not None and not outcome.missing and not any(c.missing.get(scorer) for c in self.cells)
-        )
+        waiting = any(cell.unanswered.get(scorer) for cell in self.cells)
+        return not waiting and (outcome is None or not outcome.unanswered)
 
 
 def unsteered(model: LanguageModel, protocol: Protocol) -> Unsteered:
@@ -296,7 +302,11 @@ def aim(
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     return SteeringRecord(
         layer, dictionary.name, concept, tuple(considered), chosen.index, cells,
-        made_by={"protocol": VERSION, "packages": packages},
+        made_by={
+            "protocol": VERSION,
+            "packages": packages,
+            "direction": direction_digest(dictionary.direction(chosen.index)),
+        },
     )  # fmt: skip
 
 
@@ -362,6 +372,7 @@ def steer_concept(
                 scores={name: mean_score(scores) for name, scores in own.items()},
                 texts=tuple(text.text for text in texts[bare.strength]) if fresh else (),
                 missing={name: _missing(scores) for name, scores in own.items()},
+                unanswered={name: _unanswered(scores) for name, scores in own.items()},
             )
         )
     best = {scorer.name: cell for scorer in scorers if (cell := _best(cells, scorer.name)) is not None}
@@ -462,6 +473,7 @@ def _outcome(
         sum(gains) / len(gains) if gains else None,
         _missing(scores),
         tuple(one.text for one in texts),
+        _unanswered(scores),
     )
 
 
@@ -476,6 +488,15 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _missing(scores: Sequence[TextScore]) -> float:
     return sum(one.score is None for one in scores) / len(scores)
+
+
+def _unanswered(scores: Sequence[TextScore]) -> int:
+    return sum(one.unanswered for one in scores)
+
+
+def direction_digest(direction: Tensor) -> str:
+    """What tells a direction from that of another fit, for :attr:`SteeringRecord.made_by`."""
+    return hashlib.sha256(direction.cpu().float().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def record_from_json(content: Mapping[str, Any]) -> SteeringRecord:

@@ -39,7 +39,7 @@ _RUN = 3
 
 
 class TextScore(Protocol):
-    """A text's scores: 0 to 2 each, None where there is none."""
+    """A text's scores: 0 to 2 each, None where there is none; ``unanswered`` if asking again may give one."""
 
     @property
     def concept(self) -> float | None: ...
@@ -49,6 +49,9 @@ class TextScore(Protocol):
 
     @property
     def score(self) -> float | None: ...
+
+    @property
+    def unanswered(self) -> bool: ...
 
 
 class Scorer(Protocol):
@@ -90,6 +93,11 @@ class WordScore:
         if not self.concept or not self.fluency:
             return 0.0
         return 2 * self.concept * self.fluency / (self.concept + self.fluency)
+
+    @property
+    def unanswered(self) -> bool:
+        """Never: nobody is asked."""
+        return False
 
 
 def concept_words(

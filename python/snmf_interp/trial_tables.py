@@ -41,8 +41,9 @@ def show_detection(screen: Console, trial: Trial, layer: int, rows: Sequence[Det
     screen.print(
         Text(
             f"means over concepts, 95 % intervals over them; {held_out} held-out texts. AUROC and probe: 0.5 is "
-            "chance. Hard: against the texts of other concepts that share most words. Choices: directions among "
-            "which each concept takes its best on the training texts",
+            "chance. Hard: against the texts of other concepts that share most words, which are longer: chance "
+            "is what permuted labels have. Choices: directions among which each concept takes its best on the training "
+            "texts",
             style="dim",
         )
     )
@@ -88,7 +89,8 @@ def _show_steering(screen: Console, title: str, rows: Sequence[SteeringSummary])
     missing = max(row.missing for row in rows)
     line = (
         f"{rows[0].n} pairs of concept and layer, 95 % intervals over concepts; scores are 0 to 2. Other concepts: the "
-        "control, the same texts scored for all concepts that were not steered to"
+        "same texts scored for all concepts that were not steered to. Chance is what random directions have, which are "
+        "chosen by the concept's words as all are"
     )
     if rows[0].dropped:
         line += f". {rows[0].dropped} pairs are left out, which some method lacks or could not be scored on"
@@ -128,7 +130,8 @@ def show_immediate(screen: Console, title: str, rows: Sequence[ImmediateSummary]
         Text(
             f"{rows[0].n} pairs of concept and layer. By how much the logits of the concept's words rise above those "
             "of words that were as likely, on the reporting prompts; grey where the 95 % interval holds 0. Others: "
-            f"the control, the rise of the other concepts' words at {targets[-1]:g} nats{unreached}",
+            f"the rise of the other concepts' words at {targets[-1]:g} nats. Chance is what random directions have"
+            f"{unreached}",
             style="dim",
         )
     )

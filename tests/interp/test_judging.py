@@ -12,6 +12,7 @@ import torch
 
 from snmf_interp import LanguageModel, collect
 from snmf_interp.answers import Answer, Request
+from snmf_interp.evaluation import concept_detection_score
 from snmf_interp.intervals import bootstrap_mean
 from snmf_interp.judging import KINDS, Judgement, gold_set, judge, parse_score, qualify
 from snmf_interp.labels import Label
@@ -195,6 +196,8 @@ class TestSentences:
 class Factors:
     """One feature for each column of Z, whose coefficients are the activations themselves."""
 
+    neuron_scale: torch.Tensor | None = None
+
     def __init__(self, Z: torch.Tensor) -> None:
         self.Z = Z
 
@@ -238,6 +241,20 @@ class TestDetection:
         assert 0 <= low <= result.share_above_zero <= high <= 1
         again = detect_sentences(factors, model, 1, [*entries, failed], scoring=scoring)
         assert again.interval == result.interval
+
+    def test_cosines_are_taken_in_the_units_of_the_fit(self, planted: tuple[LanguageModel, Factors]) -> None:
+        model, factors = planted
+        scale = torch.rand(len(factors.Z), generator=torch.Generator().manual_seed(0)) + 0.5
+        factors.neuron_scale = scale
+        texts = (*self.DAYS.activating, *self.DAYS.neutral)
+        store = collect(model, [Sample(str(i), t) for i, t in enumerate(texts)], 1, progress=False)
+        cosines = torch.cosine_similarity(store.layer(1) / scale, (factors.Z[:, 0] / scale)[None]).clamp(
+            min=0
+        )
+        largest = torch.stack([cosines[store.samples(1) == i].amax() for i in range(4)])
+        wanted = concept_detection_score(largest[:2], largest[2:])
+        result = detect_sentences(factors, model, 1, [self.DAYS], scoring="cosine")
+        assert float(result.scores) == pytest.approx(float(wanted), rel=1e-5)
 
     def test_swapped_sentences_change_the_sign(self, planted: tuple[LanguageModel, Factors]) -> None:
         model, factors = planted

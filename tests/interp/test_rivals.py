@@ -173,7 +173,7 @@ class TestPlanted:
     ) -> None:
         class Silent(Words):
             def score(self, texts: Sequence[Continuation], *_: Any, **__: Any) -> list[Any]:
-                return [Judgement(None, None, "no answer") for _ in texts]
+                return [Judgement(None, None, "no answer", unanswered=True) for _ in texts]
 
         other = Run.collect(tmp_path / "run", model, planted_samples(), "0")
         silent = Trial.open(other, model, replace(PLAN, against=()))
@@ -190,7 +190,8 @@ class TestPlanted:
             def score(self, texts: Sequence[Continuation], *args: Any, **options: Any) -> list[Any]:
                 known = super().score(texts, *args, **options)
                 return [
-                    Judgement(None, None, "time-out") if i % 3 == 0 else one for i, one in enumerate(known)
+                    Judgement(None, None, "time-out", unanswered=True) if i % 3 == 0 else one
+                    for i, one in enumerate(known)
                 ]
 
         (record,) = silent.steer(0, [Patchy()], ("days",))
@@ -198,12 +199,38 @@ class TestPlanted:
         assert all(cell.missing == {"words": 0.5} for cell in record.cells)
         assert not record.is_by([Words()])
         # Also where they are missing on the reporting half alone.
-        cells = tuple(replace(cell, missing={}) for cell in record.cells)
+        cells = tuple(replace(cell, unanswered={}) for cell in record.cells)
         assert not replace(record, cells=cells).is_by([Words()])
         # An endpoint that answers again.
         (record,) = silent.steer(0, [Words()], ("days",))
         assert record.results["words"].missing == 0
         assert record.is_by([Words()])
+
+    def test_what_a_judge_cannot_say_is_not_asked_again(
+        self, run: Run, model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Odd(Words):
+            def score(self, texts: Sequence[Continuation], *_: Any, **__: Any) -> list[Any]:
+                return [Judgement(None, None, "unusable answer: I refuse") for _ in texts]
+
+        other = Run.collect(tmp_path / "run", model, planted_samples(), "0")
+        trial = Trial.open(other, model, replace(PLAN, against=()))
+        (record,) = trial.steer(0, [Odd()], ("days",))
+        assert record.results == {}
+        monkeypatch.setattr(rivals, "steer_concept", lambda *_, **__: pytest.fail("done again"))
+        assert list(trial.steer(0, [Odd()], ("days",))) == [record]
+
+    def test_a_method_that_was_fitted_anew_steers_anew(
+        self, run: Run, model: LanguageModel, tmp_path: Path
+    ) -> None:
+        other = Run.collect(tmp_path / "run", model, planted_samples(), "0")
+        plan = replace(PLAN, against=())
+        (before,) = Trial.open(other, model, plan).steer(0, [Words()], ("days",))
+        path = other.path / "eval" / "layer_0" / "snmf.safetensors"
+        factors = snmf_kernels.Factorization.load(path)
+        replace(factors, Z=factors.Z.flip(0)).save(path)
+        (after,) = Trial.open(other, model, plan).steer(0, [Words()], ("days",))
+        assert after.made_by["direction"] != before.made_by["direction"]
 
     def test_records_survive_json(self, records: list[SteeringRecord]) -> None:
         from dataclasses import asdict
