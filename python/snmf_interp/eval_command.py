@@ -128,8 +128,8 @@ def evaluate(
     harmonic mean of concept and fluency: by words, and by a judge where one is given. Without sampling, the same
     directions are measured by what they do to the logits of the concept's words, beside words that were as likely.
 
-    With --labels the paper's own test: each feature of the run towards the label that a language model gave it, beside
-    DiffMeans of sentences written from the label and random groups of as many neurons.
+    With --labels the paper's own test of each layer's clearest features: towards the label that a model gave them,
+    beside DiffMeans of sentences written from the label and random groups of as many neurons.
 
     Writes DIR/eval/report.json and figure.png, with --labels in DIR/eval-labels. The same command goes on where it was
     stopped.

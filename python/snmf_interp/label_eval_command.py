@@ -96,13 +96,13 @@ def evaluate_labels(
     files.write_json(trial.folder / "report.json", report)
     figure = trial.folder / "figure.png"
     trial_report.draw(
-        figure, {}, records, nothing, "judge", f"{model.name}, features steered to their labels"
+        figure, {}, records, nothing, "judge", f"{model.name}, clearest features steered to their labels"
     )
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
         return
     trial_tables.show_steering(
-        screen, f"Features of {{}} steered to their labels by {source}", records, "judge"
+        screen, f"The clearest features of {{}} steered to their labels by {source}", records, "judge"
     )
     screen.print(Text(f"\nAll of it: {trial.folder / 'report.json'}, {figure}", style="dim"), soft_wrap=True)
 

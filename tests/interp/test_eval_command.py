@@ -291,7 +291,7 @@ class TestLabels:
         with serve(self.answer) as endpoint:
             result = snmf("eval", labelled, *options, "--base-url", endpoint.url)
             assert result.exit_code == 0, result.output
-            assert "Features of layer 0 steered to their labels by scripted" in result.stdout
+            assert "The clearest features of layer 0 steered to their labels by scripted" in result.stdout
             report = json.loads((labelled / "eval-labels" / "report.json").read_text())
             rows = {row["method"]: row for row in report["steering"]["judge"]["all"]}
             assert list(rows) == ["snmf", "diffmeans", "random"]
