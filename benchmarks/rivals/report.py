@@ -34,8 +34,14 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
+
+import torch
+
+from snmf_interp.detecting import Interval
 
 HERE = Path(__file__).parent
 DATA = HERE.parent / "data"
@@ -46,8 +52,8 @@ DETECTION = {
     "detection-gemma-3-270m": "detect-gemma-3-270m",
 }
 OPTIONS = ("options-smollm2-135m-k100",)
-# The divergence at which settings are compared.
-TARGET = 0.25
+# The divergence at which settings are compared, and the setting of SNMF that steers best there.
+TARGET, BEST = 0.25, "snmf-norefit"
 
 
 def collect() -> None:
@@ -144,6 +150,19 @@ def immediate(rows: list[dict[str, Any]]) -> list[str]:
     )  # fmt: skip
 
 
+def shifts_by_concept(found: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Of each method the rise for each concept, the mean over layers."""
+    shifts: dict[str, dict[str, list[float]]] = {}
+    for pair in found["pairs"]:
+        for effect in pair["immediate"]:
+            if effect["target"] == TARGET:
+                shifts.setdefault(pair["method"], {}).setdefault(pair["concept"], []).append(effect["shift"])
+    return {
+        method: torch.tensor([mean(own[concept]) for concept in sorted(own)], dtype=torch.float64)
+        for method, own in shifts.items()
+    }
+
+
 def options(found: dict[str, Any]) -> list[str]:
     """The next token of every setting, layer by layer."""
     layers = found["immediate"]["layers"]
@@ -152,15 +171,24 @@ def options(found: dict[str, Any]) -> list[str]:
         f"{found['model']}, k = {found['plan']['k']}. Steered to: {', '.join(found['concepts'])}.",
     ]
     groups = [*layers.values(), found["immediate"]["all"]]
+    shifts = shifts_by_concept(found)
     at = [{row["method"]: row for row in rows if row["target"] == TARGET} for rows in groups]
     return lines + lines_of(
-        ("method", *(f"layer {layer}" for layer in layers), "all layers", "KL", "snmf is ahead"),
+        (
+            "method",
+            *(f"layer {layer}" for layer in layers),
+            "all layers",
+            "KL",
+            "snmf is ahead",
+            f"{BEST} is ahead",
+        ),
         (
             (
                 method,
                 *(interval(of[method]["shift"]) for of in at),
                 f"{row['kl']:.2f}",
                 interval(row["lead"]),
+                "" if method == BEST else interval(asdict(Interval.of(shifts[BEST] - shifts[method]))),
             )
             for method, row in at[-1].items()
         ),
