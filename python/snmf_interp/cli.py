@@ -230,8 +230,8 @@ def fit(
     refit: Annotated[
         str | None,
         typer.Option(
-            help="late, always or never: whether supports are chosen anew for a smaller loss. Those of never detect and "
-            "steer better.",
+            help="late, always or never: whether supports are chosen anew for a smaller loss. "
+            "Those of never detect and steer better.",
             show_default="late",
         ),
     ] = None,
