@@ -298,7 +298,9 @@ class Factorization:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+                # Copies, for they begin where torch's own tensors do: on some processors the bits of products depend on
+                # it, and a loaded result shall do what the result itself does.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # not a mapping
         except SafetensorError as error:
             raise ValueError(
                 f"path: {path} is damaged or no safetensors file ({error}); fit again or take another copy"

@@ -76,7 +76,9 @@ def read_bundle(path: Path, wanted: str, version: int) -> tuple[dict[str, Any], 
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            # Copies, for they begin where torch's own tensors do: on some processors the bits of products depend on it,
+            # and what goes on from a file shall end as what was never stopped.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # not a mapping
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"path: {path} is damaged or no safetensors file ({error})") from error
     if not isinstance(header, dict) or header.get("format") != wanted:
