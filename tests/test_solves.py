@@ -190,6 +190,9 @@ def test_least_squares_in_blocks(monkeypatch, backend, kind, dtype):
         Y *= torch.finfo(dtype).max
     A = torch.randn(40, 50, generator=generator, dtype=dtype)
     AYt, YYt = Y @ A.T, Y @ Y.T
+    if kind.startswith("triplets"):
+        # Without a Cholesky factor on every processor, however it rounds.
+        YYt[3, 3] *= 1 - 1e4 * torch.finfo(dtype).eps
 
     def in_a_host_loop(width, ridge):
         """What the ladder of ``ridge_solve`` replaced."""
