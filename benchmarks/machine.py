@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ def processor() -> str:
     return "unknown"
 
 
+@cache
 def commit() -> str:
-    """The commit of this checkout; "unknown" outside one."""
+    """The commit of this checkout when it was first asked for, as the code was loaded; "unknown" outside one."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(

@@ -160,10 +160,7 @@ class FastIterations:
         norms = row_norms(state.YYt)
         norms[: problem.n_fixed] = 1
         free = norms[problem.n_fixed :]
-        G = state.YYt / (norms[:, None] * norms)
-        if problem.l2:
-            # Given Y the penalty is a ridge on Z by feature.
-            G = G + problem.l2 * torch.diag(torch.diagonal(G))
+        G = problem.penalised(state.YYt / (norms[:, None] * norms))
         G_free = G[problem.n_fixed :, problem.n_fixed :]
         if step == "frozen":
             Z = state.features().scaled_columns(free)

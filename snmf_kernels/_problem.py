@@ -56,15 +56,18 @@ class Problem:
         gram: Tensor = self.data.kernels.sparse_product(Z, Z.to_dense())
         return gram
 
+    def penalised(self, gram: Tensor) -> Tensor:
+        """``ZᵀZ`` for the step for Y, or ``Y Yᵀ`` for that for Z, with what l2 adds: a ridge by feature."""
+        return gram + torch.diag(self.l2 * torch.diagonal(gram)) if self.l2 else gram
+
     def update_coefficients(
         self, Z: SparseColumns, ZtZ: Tensor, Y: Tensor, sweeps: int, **options: Any
     ) -> PassResult:
         """Coordinate descent over Y for fixed Z; see ``reference.coefficient_pass`` for the options."""
         norms = torch.diagonal(ZtZ).clamp(min=0).sqrt()
-        penalised = ZtZ + torch.diag(self.l2 * torch.diagonal(ZtZ)) if self.l2 else ZtZ
         return self.data.coefficient_pass(
             Z,
-            penalised,
+            self.penalised(ZtZ),
             Y,
             sweeps,
             shift=self.threshold * norms if self.threshold else None,

@@ -41,8 +41,7 @@ def svd_init(data: DataMatrix, k: int, generator: torch.Generator) -> Tensor:
     """
     roots = None if data.token_weights is None else data.token_weights.sqrt()
 
-    def transposed_times(left: Tensor) -> Tensor:
-        product = data.transposed_times(left)
+    def weighted(product: Tensor) -> Tensor:
         return product if roots is None else product * roots
 
     rank = min(k, data.d, data.n)
@@ -50,17 +49,17 @@ def svd_init(data: DataMatrix, k: int, generator: torch.Generator) -> Tensor:
     basis = _on(data, torch.randn(data.n, width, generator=generator, **DRAWN))
     basis = _orthonormal(data.times(basis, roots).T)  # [d, width]
     for _ in range(4):
-        basis = _orthonormal(transposed_times(basis).T)  # [n, width]
+        basis = _orthonormal(weighted(data.transposed_times(basis)).T)  # [n, width]
         basis = _orthonormal(data.times(basis, roots).T)
-    small = transposed_times(basis)  # [width, n]
-    U, S, Vh = torch.linalg.svd(small, full_matrices=False)
+    small = data.transposed_times(basis)  # [width, n]
+    U, S, Vh = torch.linalg.svd(weighted(small), full_matrices=False)
     S = S[:rank].clamp(min=0)
     root = S.sqrt()
     V = Vh[:rank]
     # The sign of a pair of singular vectors is arbitrary: take that which loses less to the clamp.
     sign = torch.where(V.clamp(min=0).norm(dim=1) >= V.clamp(max=0).norm(dim=1), 1.0, -1.0).to(V.dtype)
     if roots is not None:
-        V = U[:, :rank].T @ data.transposed_times(basis) / torch.where(S > 0, S, torch.inf)[:, None]
+        V = U[:, :rank].T @ small / torch.where(S > 0, S, torch.inf)[:, None]
     Y = random_init(data, k, generator)
     Y[:rank] = ((sign * root)[:, None] * V).clamp(min=FLOOR)
     return Y

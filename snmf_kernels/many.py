@@ -20,7 +20,7 @@ from .solver import Progress, Task, fit, prepare
 # Members under way at once on a GPU: enough that one's small launches hide behind another's products, and as many
 # as have a hardware queue each (CUDA_DEVICE_MAX_CONNECTIONS), for others would wait for each other. Larger launches
 # for several members at once would gain little: products have programs enough for a whole GPU each, and column
-# descent, which one program does, happens once in a default fit.
+# descent, which one program does, happens once or a few times in a default fit.
 _AT_ONCE_ON_GPU = 8
 # What fit_many has of its own, or decides for each member.
 _OWN = ("A", "k", "seed", "callback", "progress")

@@ -166,7 +166,7 @@ def fit(
         solver: ``"auto"`` or ``"mu"``. The latter's 1e-6 in step 4 is absolute, so entries of A should not be much
             below 0.01 (or use ``neuron_scale``).
         refit: ``"auto"`` only. ``"late"`` (default): as above, supports chosen anew after exploring (at most 6 times
-            from clusters, else 12) until the loss is 2.5 % below what exploring reached or stops falling: mostly once.
+            from clusters, else 12) until the loss is 2.5 % below what exploring reached or stops falling: often once.
             True: again and again, from the second iteration on: a smaller loss, but features that follow loud neurons.
             False: steps 1 and 2 throughout, at a loss like the paper's; its features detect concepts a little better
             still.

@@ -36,6 +36,16 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 K, SEEDS = 100, range(5)
 PAPER = {"solver": "mu", "max_iter": 1000, "tol": 0.0, "patience": 1000}
+# Constants of the iterations (snmf_kernels._loop) that are no options.
+CONSTANTS: dict[str, dict[str, Any]] = {
+    "EXPLORE_GAIN=1e-3": {"EXPLORE_GAIN": 1e-3},
+    "EXPLORE_GAIN=5e-3": {"EXPLORE_GAIN": 5e-3},
+    "LATE_GAIN=0.01": {"LATE_GAIN": 0.01},
+    "LATE_GAIN=0.05": {"LATE_GAIN": 0.05},
+    "FROZEN=1": {"FROZEN": 1},
+    "FROZEN=4": {"FROZEN": 4},
+    "COLUMN_SWEEPS=3": {"COLUMN_SWEEPS": 3},
+}
 # The first row of each group is the default; the others differ from it in what they name.
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -51,13 +61,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sweeps=30": {"sweeps": 30},
     "tol=1e-2": {"tol": 1e-2},
     "tol=1e-4": {"tol": 1e-4},
-    "EXPLORE_GAIN=1e-3": {},
-    "EXPLORE_GAIN=5e-3": {},
-    "LATE_GAIN=0.01": {},
-    "LATE_GAIN=0.05": {},
-    "FROZEN=1": {},
-    "FROZEN=4": {},
-    "COLUMN_SWEEPS=3": {},
+    **{name: {} for name in CONSTANTS},
     "patience=8": {"patience": 8},
     "paper, 1000 iterations": PAPER,
     "paper, neuron_scale='rms'": PAPER | {"neuron_scale": "rms"},
@@ -67,15 +71,7 @@ CONTROLS = ("best single neurons", "permuted labels")
 EXPLORING_K = 400
 EXPLORING = {f"exploring at most {most} times": most for most in (12, 8, 6, 4)}
 # What a setting changes in the iterations (snmf_kernels._loop) beside its options.
-PATCHES: dict[str, dict[str, Any]] = {
-    "EXPLORE_GAIN=1e-3": {"EXPLORE_GAIN": 1e-3},
-    "EXPLORE_GAIN=5e-3": {"EXPLORE_GAIN": 5e-3},
-    "LATE_GAIN=0.01": {"LATE_GAIN": 0.01},
-    "LATE_GAIN=0.05": {"LATE_GAIN": 0.05},
-    "FROZEN=1": {"FROZEN": 1},
-    "FROZEN=4": {"FROZEN": 4},
-    "COLUMN_SWEEPS=3": {"COLUMN_SWEEPS": 3},
-} | {
+PATCHES: dict[str, dict[str, Any]] = CONSTANTS | {
     name: {"EXPLORE_MOST": dict.fromkeys(snmf_kernels._loop.EXPLORE_MOST, EXPLORING.get(name, 6))}
     for name in (*SETTINGS, *EXPLORING)
     if "exploring at most" in name
@@ -153,7 +149,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"1 % kept, fitted on half of the texts and scored on the other, mean over {len({r['seed'] for r in rows})} "
         "seeds. Columns by layer: mean ± standard deviation over seeds.",
     ]
-    for k, names in ((K, (*SETTINGS, *CONTROLS)), (EXPLORING_K, tuple(EXPLORING))):
+    measured = {row["setting"] for row in rows}
+    for k, every in ((K, (*SETTINGS, *CONTROLS)), (EXPLORING_K, tuple(EXPLORING))):
+        names = tuple(name for name in every if name in measured)
         lines += ["", f"k = {k}, held-out AUROC by layer, and means over layers:", "", *lines_of(rows, names)]
         lines += ["", f"k = {k}, balanced accuracy of the one-sparse probe by layer:", ""]
         lines += by_layer(rows, names, "probe")
@@ -168,8 +166,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def lines_of(rows: list[dict[str, Any]], names: tuple[str, ...]) -> list[str]:
     head, rule, *lines = by_layer(rows, names, "auroc")
     head += " mean AUROC | mean probe | share > 0.95 | loss / ‖A‖² | seconds |"
-    shown = [name for name in names if any(r["setting"] == name for r in rows)]
-    for i, name in enumerate(shown):
+    for i, name in enumerate(names):
         for key, digits in (("auroc", 4), ("probe", 4), ("above_95", 3), ("loss", 4), ("seconds", 2)):
             mean = statistics.mean(means(rows, name, key))
             lines[i] += "  |" if mean != mean else f" {mean:.{digits}f} |"
@@ -181,8 +178,6 @@ def by_layer(rows: list[dict[str, Any]], names: tuple[str, ...], key: str) -> li
     heads = [f"{short[model]} {layer}" for model, layer in CASES]
     lines = [f"| setting | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     for name in names:
-        if not any(r["setting"] == name for r in rows):
-            continue
         cells = [
             f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else float('nan'):.3f}"
             for values in values_of(rows, name, key)

@@ -18,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from machine import described, facts
+from real_activations import FOLDER
 
 import snmf_kernels
 from snmf_interp import describe, load_model
@@ -28,14 +29,13 @@ from snmf_interp.stability import stability_of
 from snmf_interp.words import corpus_words, split_words
 
 HERE = Path(__file__).parent
-DATA = HERE.parent / "data"
 LAYERS = {"smollm2-135m": (10, 20, 27), "gemma-3-270m": (6, 12, 16)}
 K, SEEDS = 100, range(5)
 
 
 def measure(model_name: str, layers: tuple[int, ...]) -> list[dict[str, Any]]:
     model = load_model(model_name)
-    run = collect_run(DATA / f"labels-{model_name}", model, ",".join(map(str, layers)))
+    run = collect_run(FOLDER / f"labels-{model_name}", model, ",".join(map(str, layers)))
     store = run.store()
     corpus = corpus_words(store, model)
     words = {name: {word.casefold() for word in own} for name, own in bundled_words().items()}

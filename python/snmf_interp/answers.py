@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 T = TypeVar("T")
-_UNUSABLE = "unusable answer: "
 # How many characters of an answer or of an endpoint's message a reason quotes.
 _QUOTED = 200
 
@@ -106,16 +105,15 @@ class ChatModel(Protocol):
 
 @dataclass(frozen=True)
 class Parsed(Generic[T]):
-    """A validated answer: ``value``, or None and the ``reason``; ``raw`` is what the model wrote, if it did."""
+    """A validated answer: ``value``, or None and the ``reason``; ``raw`` is what the model wrote, if it did.
+
+    ``unanswered`` if no answer came, so that asking again may help; the same unusable answer would come again.
+    """
 
     value: T | None
     reason: str | None
     raw: str | None
-
-    @property
-    def unanswered(self) -> bool:
-        """Whether no answer came, so that asking again may help; the same unusable answer would come again."""
-        return self.value is None and not (self.reason or "").startswith(_UNUSABLE)
+    unanswered: bool = False
 
 
 def ask_json(
@@ -138,14 +136,14 @@ def ask_json(
         again = {}
         for place, answer in zip(asked, model.ask(list(asked.values())), strict=True):
             if answer.text is None:
-                results[place] = Parsed(None, answer.reason, results[place].raw)
+                results[place] = Parsed(None, answer.reason, results[place].raw, unanswered=True)
                 continue
             try:
                 results[place] = Parsed(
                     parse(find_object(answer.text, cut_off=answer.cut_off)), None, answer.text
                 )
             except ValueError as error:
-                results[place] = Parsed(None, f"{_UNUSABLE}{error}", answer.text)
+                results[place] = Parsed(None, f"unusable answer: {error}", answer.text)
                 again[place] = asked[place].then(
                     answer.text, f"That cannot be used: {error}. Answer with the JSON object alone."
                 )

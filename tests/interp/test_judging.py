@@ -65,6 +65,7 @@ class TestJudge:
         assert good.raw == ('{"score": 1}', '{"score": 2}')
         for missing in (failed, babbled):
             assert (missing.concept, missing.fluency, missing.score) == (None, None, None)
+        assert (good.unanswered, failed.unanswered, babbled.unanswered) == (False, True, False)
         assert failed.reason == "concept: time-out; fluency: time-out"
         assert babbled.reason is not None
         assert babbled.reason.startswith("concept: unusable answer")
@@ -73,6 +74,7 @@ class TestJudge:
     def test_one_half_missing_is_missing(self) -> None:
         (only,) = judge(["x"], "y", Scripted(lambda q: None if part(q, "concept") else '{"score": 2}'))
         assert (only.concept, only.fluency, only.score) == (None, 2, None)
+        assert only.unanswered
         assert only.reason == "concept: time-out"
 
     @pytest.mark.parametrize(
