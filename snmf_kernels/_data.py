@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,6 @@ class DataMatrix:
         self.token_weights = token_weights
         self.scale: Tensor | None = None
         self._inverse_scale: Tensor | None = None
-        self.row_squares = self._row_squares()
 
     @property
     def d(self) -> int:
@@ -213,7 +213,7 @@ class DataMatrix:
         """
         result: PassResult = self.kernels.coefficient_pass(
             Y,
-            Z if self._inverse_scale is None else Z.scaled_rows(self._inverse_scale),
+            self._for_raw(Z),
             self.A,
             ZtZ,
             sweeps,
@@ -226,6 +226,11 @@ class DataMatrix:
             return result
         inverse = self._inverse_scale
         return result._replace(AYt=result.AYt * (inverse[Z.indices] if products == "kept" else inverse))
+
+    def sparse_product(self, Z: SparseColumns, tokens: slice) -> Tensor:
+        """``ZᵀA`` of some tokens, ``[k, their number]``."""
+        product: Tensor = self.kernels.sparse_product(self._for_raw(Z), self.A[:, tokens])
+        return product
 
     def squared_residual(self, Z: SparseColumns, Y: Tensor) -> float:
         """``‖A − Z Y‖²`` of the matrix this stands for and Z in its units, tokens weighted, from the residual."""
@@ -271,6 +276,10 @@ class DataMatrix:
         """A dense ``[d, r]`` in the units of A, in scaled ones."""
         return Z if self._inverse_scale is None else Z * self._inverse_scale[:, None]
 
+    def _for_raw(self, Z: SparseColumns) -> SparseColumns:
+        """Z whose products with A as it lies are those of Z with the matrix this stands for."""
+        return Z if self._inverse_scale is None else Z.scaled_rows(self._inverse_scale)
+
     def _row_weights(self) -> Tensor | float:
         return 1.0 if self._inverse_scale is None else self._inverse_scale.to(self.row_squares.dtype).square()
 
@@ -278,7 +287,13 @@ class DataMatrix:
         for tokens in token_blocks(self.A, elements):
             yield tokens, self.A[:, tokens]
 
-    def _row_squares(self) -> Tensor:
+    @cached_property
+    def row_squares(self) -> Tensor:
+        """The squares of each neuron's activations together, ``[d]``, tokens weighted, of A as it lies.
+
+        Raises:
+            ValueError: A is not finite.
+        """
         squares = torch.zeros(self.d, dtype=precise_dtype(self.device), device=self.device)
         for tokens, block in self._raw_blocks(_SQUARE_ELEMENTS):
             squared = block.to(squares.dtype, copy=True).square_()

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from ._checks import dtype_name
 from ._data import DataMatrix, precise_dtype
+from ._pivoting import Pivoting, price_in_sweeps
 from .sparse import PassResult, SparseColumns
+
+# How sparse the coefficients are, and so what pivoting costs, is told from about so many tokens after so many sweeps.
+_SAMPLE, _SAMPLE_SWEEPS = 128, 10
+# Entries of Y that are solved at a time, in float64.
+_PIVOT_ELEMENTS = 1 << 17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,18 +92,21 @@ class Problem:
     ) -> tuple[Tensor, float, PassResult]:
         """The optimal Y for fixed Z, its KKT residual, and the pass that measured it.
 
-        Coordinate descent from zero until the KKT residual (see ``Encoding``) is at most ``tol`` or ``max_sweeps`` are
-        done.
+        Coordinate descent until the KKT residual (see ``Encoding``) is at most ``tol`` or ``max_sweeps`` are done: from
+        zero, or where that would cost more, from what exchanging active sets gives.
         """
         data = self.data
         ZtZ = self.gram(Z)
         Y = torch.zeros(Z.k, data.n, dtype=data.dtype, device=data.device)
         sweeps_left, sweep_tol = max_sweeps, tol
+        if self._converges_slowly(Z, ZtZ, tol, max_sweeps):
+            self._pivot(Z, ZtZ, out=Y)
         while True:
             result = self.update_coefficients(
                 Z, ZtZ, Y, sweeps_left, out=Y, tol=sweep_tol, measure=True, residual=True
             )
-            if not math.isfinite(float(result.dot)):
+            if not math.isfinite(float(result.dot) + float(result.data)):
+                data.squared_norm()  # which says where A is not finite
                 raise FloatingPointError(
                     f"A: its products with Z are not finite in {dtype_name(data.dtype)}; "
                     "divide A by its largest magnitude, or fit with dtype=torch.float64"
@@ -108,6 +117,41 @@ class Problem:
                 return Y, residual, result
             # A sweep changes a token by about what it is from its optimum, where convergence is slow by less.
             sweep_tol /= 4
+
+    def _converges_slowly(self, Z: SparseColumns, ZtZ: Tensor, tol: float, max_sweeps: int) -> bool:
+        """Whether sweeps that cost what pivoting costs leave a few of the tokens further than ``tol`` from optimal."""
+        if 0 < self.max_active < Z.k:
+            return False  # which features a token uses is not a question of signs then
+        G = self.penalised(ZtZ)
+        P = self._products(Z, ZtZ, slice(None, None, max(1, self.data.n // _SAMPLE)))
+        Y = torch.zeros_like(P)
+        diagonal = torch.diagonal(G)[:, None]
+        most, done, sweeps = float(max_sweeps), 0, _SAMPLE_SWEEPS
+        while done < most:
+            Y = self.data.kernels.coordinate_descent(Y, P, G, sweeps)
+            step = torch.minimum(Y, (G @ Y - P) / diagonal)[diagonal[:, 0] > 0]
+            if not bool(step.norm() > tol * Y.norm()):
+                return False
+            if not done:
+                most = min(most, price_in_sweeps(G, Y, self.data.n))
+            done += sweeps
+            sweeps = done  # twice as many each time
+        return most < max_sweeps
+
+    def _pivot(self, Z: SparseColumns, ZtZ: Tensor, out: Tensor) -> None:
+        """The optimal Y by exchanging active sets; zero for what is singular or does not end."""
+        pivoting = Pivoting(self.penalised(ZtZ), self.data.kernels.support_solve, precise_dtype(out.device))
+        width = max(1, _PIVOT_ELEMENTS // Z.k)
+        for start in range(0, self.data.n, width):
+            tokens = slice(start, start + width)
+            out[:, tokens] = pivoting.solve(self._products(Z, ZtZ, tokens))
+
+    def _products(self, Z: SparseColumns, ZtZ: Tensor, tokens: slice) -> Tensor:
+        """``ZᵀA`` of some tokens, less what the threshold takes of it."""
+        P = self.data.sparse_product(Z, tokens)
+        if self.threshold:
+            P -= self.threshold * torch.diagonal(ZtZ).clamp(min=0).sqrt()[:, None]
+        return P
 
 
 def kept_count(keep: float, d: int) -> int:

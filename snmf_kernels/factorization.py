@@ -147,14 +147,16 @@ class Factorization:
         )
 
     def encode(self, A: Any, *, tol: float = 1e-4, max_sweeps: int = 1000, backend: str = "auto") -> Encoding:
-        """Coefficients of new activations: the non-negative least squares problem against Z, by coordinate descent.
+        """Coefficients of new activations: the non-negative least squares problem against Z.
 
-        Minimises what ``fit`` minimised: with a neuron scale, the residual of the scaled neurons.
+        Minimises what ``fit`` minimised: with a neuron scale, the residual of the scaled neurons. By coordinate descent;
+        where features are so nearly dependent that this would take longer, by exchanging active sets first (Kim & Park
+        2011), which is exact.
 
         Args:
             A: activations ``[d, m]``, as for ``fit``.
             tol: wanted KKT residual (see :class:`Encoding`).
-            max_sweeps: bound on the sweeps; the residual that was reached is reported either way.
+            max_sweeps: bound on the sweeps of coordinate descent; the residual that was reached is reported either way.
             backend: as for ``fit``.
 
         Returns:

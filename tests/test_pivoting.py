@@ -1,0 +1,182 @@
+"""Non-negative least squares by exchanging active sets, and when ``encode`` does that."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import planted
+from scipy.optimize import nnls
+
+from snmf_kernels import _backends, _pivoting, _problem, fit, reference
+from snmf_kernels._pivoting import Pivoting, price_in_sweeps
+
+
+def gram(k: int, rows: int, seed: int, shared: float = 0.0) -> torch.Tensor:
+    """Of k features that share a part, as ``[rows, k]``."""
+    generator = torch.Generator().manual_seed(seed)
+    own = torch.randn(rows, k, generator=generator, dtype=torch.float64)
+    return own + shared * torch.randn(rows, 1, generator=generator, dtype=torch.float64)
+
+
+def solver_of(G: torch.Tensor, backend: str = "cpp") -> Pivoting:
+    return Pivoting(
+        G, _backends.choose("support_solve", G.device, torch.float64, backend).function, torch.float64
+    )
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("shared", [0.0, 3.0])
+@pytest.mark.parametrize("shift", [-0.4, 0.0, 1.0], ids=["mostly zeros", "half", "few zeros"])
+def test_it_is_non_negative_least_squares(backend, shared, shift):
+    Z = gram(12, 30, 0, shared)
+    A = Z @ (torch.randn(12, 40, generator=torch.Generator().manual_seed(1)).double() + shift)
+    A += 0.5 * torch.randn(30, 40, generator=torch.Generator().manual_seed(2)).double()
+    got = solver_of(Z.T @ Z, backend).solve(Z.T @ A)
+    wanted = np.stack([nnls(Z.numpy(), a.numpy())[0] for a in A.T], axis=1)
+    assert wanted.any()
+    assert np.abs(got.numpy() - wanted).max() < 1e-9 * np.abs(wanted).max()
+    assert np.array_equal(got.numpy() == 0, wanted == 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    k=st.integers(1, 9),
+    extra=st.integers(0, 5),
+    shared=st.sampled_from([0.0, 1.0, 30.0]),
+    loudness=st.sampled_from([1e-12, 1.0, 1e12]),
+    seed=st.integers(0, 99),
+    whole=st.booleans(),
+)
+def test_any_problem_ends_at_its_optimum(k, extra, shared, loudness, seed, whole):
+    """Whole numbers bring ties: coefficients and gradients that are zero at once."""
+    Z, P = gram(k, k + extra, seed, shared), gram(k, 7, seed + 1).T
+    if whole:
+        Z, P = Z.round() + torch.eye(k + extra, k).double(), P.round()
+    scale = torch.logspace(-3, 3, k, dtype=torch.float64)
+    G = (Z * scale).T @ (Z * scale)
+    living = torch.diagonal(G) > 0
+    solver = solver_of(G)
+    if not solver.possible:
+        assert not living.any() or torch.linalg.cond(Z[:, living] / Z[:, living].norm(dim=0)) > 1e4
+        return
+    y = solver.solve(P * loudness)
+    assert bool((y >= 0).all())
+    assert not bool(y[~living].any())
+    unit = torch.diagonal(G)[living].sqrt()[:, None]
+    x, gradient = y[living] * unit, (G @ y - P * loudness)[living] / unit
+    tolerance = 1e-4 * loudness * float((P[living] / unit).abs().max())
+    assert float(torch.minimum(x, gradient).abs().max()) <= tolerance
+
+
+def test_dead_features_stay_at_zero_and_singular_ones_are_refused():
+    Z = gram(5, 9, 3)
+    Z[:, 2] = 0
+    solver = solver_of(Z.T @ Z)
+    y = solver.solve(Z.T @ gram(6, 9, 4))
+    rest = [0, 1, 3, 4]
+    assert not bool(y[2].any())
+    alone = solver_of((Z.T @ Z)[rest][:, rest]).solve((Z.T @ gram(6, 9, 4))[rest])
+    assert torch.equal(y[rest], alone)
+    Z[:, 4] = Z[:, 3]
+    singular = solver_of(Z.T @ Z)
+    assert not singular.possible
+    assert not bool(singular.solve(torch.ones(5, 2).double()).any())
+
+
+def test_rounds_that_bring_nothing_end_in_exchanges_of_one(monkeypatch):
+    """Without patience every round exchanges one coefficient, and the optimum is the same."""
+    Z = gram(10, 14, 5, shared=2.0)
+    P = Z.T @ gram(30, 14, 6)
+    wanted = solver_of(Z.T @ Z).solve(P)
+    sizes = []
+    exchanged = Pivoting._round
+
+    def watched(self, zero, *arguments):
+        sizes.append(zero.clone())
+        return exchanged(self, zero, *arguments)
+
+    monkeypatch.setattr(Pivoting, "_round", watched)
+    monkeypatch.setattr(_pivoting, "_PATIENCE", -2)  # its last value is never above it, so that all are stuck
+    monkeypatch.setattr(_pivoting, "_ROUNDS", 1000)
+    assert torch.allclose(solver_of(Z.T @ Z).solve(P), wanted, atol=1e-12)
+    assert len(sizes) > 4
+
+
+def test_the_price_grows_with_what_pivoting_does():
+    G = torch.eye(40).double() + 0.1
+    few, half = torch.ones(40, 5), torch.ones(40, 5)
+    few[:3], half[:20] = 0, 0
+    many = price_in_sweeps(G, few, 10_000)
+    assert many < price_in_sweeps(G, half, 10_000)
+    assert many == price_in_sweeps(G, 1 - few, 10_000), "of few non-zeros as of few zeros"
+    assert many < price_in_sweeps(G, few, 10), "the inverse is shared by fewer"
+    assert many < price_in_sweeps(torch.eye(40).double(), few, 10_000), "sweeps over a sparse ZtZ are cheap"
+
+
+@pytest.fixture(scope="module")
+def crowded():
+    """A fit with features that are nearly dependent, and activations."""
+    A, _, _ = planted(60, 300, 8, keep=0.1, noise=0.3)
+    result = fit(A, 30, keep=0.1, max_iter=15)
+    alike = result.Z[:, :1] + 0.03 * result.Z
+    return replace(result, Z=reference.winner_take_all(alike, 30).to_dense()), A
+
+
+def spied(monkeypatch) -> list[bool]:
+    """What is decided from now on."""
+    decisions = []
+    decide = _problem.Problem._converges_slowly
+
+    def spy(*arguments):
+        decisions.append(decide(*arguments))
+        return decisions[-1]
+
+    monkeypatch.setattr(_problem.Problem, "_converges_slowly", spy)
+    return decisions
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("options", [{}, {"l1_threshold": 0.4, "l2": 0.01}], ids=["plain", "penalised"])
+def test_encode_exchanges_where_descent_crawls(monkeypatch, crowded, options, backend):
+    result, A = crowded
+    result, A = replace(result, options=result.options | options), A[:, :60]
+    with monkeypatch.context() as patch:
+        patch.setattr(_problem.Problem, "_converges_slowly", lambda *_: False)
+        crawling = result.encode(A, tol=1e-6, max_sweeps=20_000, backend="cpp")
+    decisions = spied(monkeypatch)
+    got = result.encode(A, tol=1e-6, backend=backend)
+    assert decisions == [True]
+    assert got.kkt_residual <= 1e-6
+    assert got.relative_error == pytest.approx(crawling.relative_error, rel=1e-4)
+
+
+def test_encode_descends_where_that_is_quick_or_asked_for(monkeypatch, crowded):
+    result, A = crowded
+    decisions = spied(monkeypatch)
+    fit(A, 4, keep=0.1).encode(A)
+    assert decisions == [False], "features that hardly overlap"
+    del decisions[:]
+    sparse = replace(result, options=result.options | {"max_active": 3})
+    encoding = sparse.encode(A, max_sweeps=50)
+    assert decisions == [False], "which features a token uses is not a question of signs"
+    assert int((encoding.Y > 0).sum(0).max()) <= 3
+
+
+def test_what_exchanging_leaves_is_descended(monkeypatch, crowded):
+    """Tokens that took too many rounds, and all tokens if ZtZ has no factor."""
+    result, A = crowded
+    wanted = result.encode(A, tol=1e-5)
+    monkeypatch.setattr(_pivoting, "_ROUNDS", 1)
+    some = result.encode(A, tol=1e-5, max_sweeps=20_000)
+    assert some.kkt_residual <= 1e-5
+    assert some.relative_error == pytest.approx(wanted.relative_error, rel=1e-4)
+    twice = result.Z.clone()
+    twice[:, 1] = twice[:, 0]
+    monkeypatch.setattr(_problem.Problem, "_converges_slowly", lambda *_: True)
+    singular = replace(result, Z=twice).encode(A, tol=1e-4, max_sweeps=20_000)
+    assert singular.kkt_residual <= 1e-4
