@@ -149,9 +149,9 @@ class Factorization:
     def encode(self, A: Any, *, tol: float = 1e-4, max_sweeps: int = 1000, backend: str = "auto") -> Encoding:
         """Coefficients of new activations: the non-negative least squares problem against Z.
 
-        Minimises what ``fit`` minimised: with a neuron scale, the residual of the scaled neurons. By coordinate descent;
-        where features are so nearly dependent that this would take longer, by exchanging active sets first (Kim & Park
-        2011), which is exact.
+        Minimises what ``fit`` minimised: with a neuron scale, the residual of the scaled neurons. By coordinate
+        descent; where features are so nearly dependent that this would take longer, by exchanging active sets first
+        (Kim & Park 2011), which is exact.
 
         Args:
             A: activations ``[d, m]``, as for ``fit``.
