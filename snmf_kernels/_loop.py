@@ -16,8 +16,8 @@ from ._backends import Kernels
 from ._data import precise_dtype
 from ._monitor import Monitor
 from ._problem import Problem
-from ._steps import Steps
-from .reference import escalated_ridge
+from ._steps import Steps, lag_on
+from .reference import cholesky_by_ladder, escalated_ridge
 from .sparse import PassResult, SparseColumns
 
 EPS = 1e-6  # the paper's constant in the denominator of the multiplicative update
@@ -42,9 +42,11 @@ FINAL_TOL, FINAL_SWEEPS = 1e-3, 100
 # So many larger ridges are tried where rounding has left Y Yᵀ without a Cholesky factor. Rounding takes a few times
 # k eps off its eigenvalues, and the largest ridge is 1e7 eps.
 RIDGE_ESCALATIONS = 8
-# Entries of the float64 right-hand sides that are solved at a time: at least so many, or this share of those of A, so
+# Entries of the right-hand sides that are solved at a time: at least so many, or this share of those of A, so
 # that they are small beside it.
 _SOLVE_ELEMENTS, _SOLVE_SHARE = 1 << 17, 0.01
+# Rows of a triangular matrix that are multiplied at a time, up to its diagonal.
+_FACTOR_BLOCK = 128
 
 
 class Iterations(Protocol):
@@ -308,7 +310,7 @@ def refit_on_support(Z: SparseColumns, AYt_kept: Tensor, YYt: Tensor, problem: P
 
 
 def least_squares_(AYt: Tensor, YYt: Tensor, problem: Problem) -> Tensor:
-    """``(Y Yᵀ + ridge·I)⁻¹ (A Yᵀ)ᵀ`` as ``[k, d]`` in place of ``AYt``, solved in float64 where there is one.
+    """``(Y Yᵀ + ridge·I)⁻¹ (A Yᵀ)ᵀ`` as ``[k, d]`` in place of ``AYt``, by factors in float64 where there is one.
 
     Where rounding has left ``Y Yᵀ + ridge·I`` without a Cholesky factor (two features with the same
     coefficients, say), the ridge is raised tenfold until it has one. What is not finite stays so, as NaN.
@@ -316,19 +318,59 @@ def least_squares_(AYt: Tensor, YYt: Tensor, problem: Problem) -> Tensor:
     G = YYt.to(precise_dtype(YYt.device))[None]
     ladder = problem.ridge, RIDGE_ESCALATIONS, torch.finfo(YYt.dtype).eps
     k, d = AYt.shape
-    # As wide as the system at least, so that factorising it in each block is the lesser part.
+    # As wide as the system at least, so that what is done once for each block is the lesser part.
     width = max(k, max(_SOLVE_ELEMENTS, int(_SOLVE_SHARE * d * problem.data.n)) // k + 1)
-    for start in range(0, d, width):
-        neurons = slice(start, start + width)
-        X, info = problem.data.kernels.ridge_solve(G, AYt[:, neurons].to(G.dtype)[None], *ladder)
-        AYt[:, neurons] = X[0]
-        if start == 0 and width < d:
-            # All blocks fail alike: the others begin with the ridge that served the first.
-            ridge, _, floor = ladder
-            served = escalated_ridge(G, ridge, floor, (-info).clamp(min=0))
-            G = G + served[:, None, None] * torch.eye(k, dtype=G.dtype, device=G.device)
-            ladder = 0.0, 0, 0.0
+    blocks = [AYt[:, start : start + width] for start in range(0, d, width)]
+    if lag_on(AYt.device):
+        _solve_without_waiting_(blocks, G, problem.data.kernels, *ladder)
+    else:
+        _solve_by_inverse_factor_(blocks, G, *ladder)
     return AYt
+
+
+def _solve_by_inverse_factor_(
+    blocks: list[Tensor], G: Tensor, ridge: float, escalations: int, floor: float
+) -> None:
+    """``G⁻¹ = WᵀW`` with the inverse W of the Cholesky factor, rounded to the blocks' dtype: two products.
+
+    They are faster than solves in float64, and nearly as good: rounding W costs ``eps·‖W‖``, the root of what rounding
+    ``G⁻¹`` would cost.
+    """
+    factor, info = cholesky_by_ladder(G, ridge, escalations, floor)
+    if int(info) > 0:
+        for block in blocks:
+            block.fill_(torch.nan)
+        return
+    inverse = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+    torch.linalg.solve_triangular(factor[0], inverse, upper=False, out=inverse)
+    del factor
+    # Finite in any dtype: where Y is zero, G is next to nothing and the products are zero.
+    largest = torch.finfo(blocks[0].dtype).max
+    inverse = inverse.clamp_(-largest, largest).to(blocks[0].dtype)
+    starts = range(0, len(inverse), _FACTOR_BLOCK)
+    for block in blocks:
+        middle = torch.empty_like(block)
+        for start in starts:
+            rows, end = slice(start, start + _FACTOR_BLOCK), start + _FACTOR_BLOCK
+            torch.mm(inverse[rows, :end], block[:end], out=middle[rows])
+        for start in starts:
+            rows = slice(start, start + _FACTOR_BLOCK)
+            torch.mm(inverse[start:, rows].T, middle[start:], out=block[rows])
+
+
+def _solve_without_waiting_(
+    blocks: list[Tensor], G: Tensor, kernels: Kernels, ridge: float, escalations: int, floor: float
+) -> None:
+    """``ridge_solve`` of each block, which asks a GPU for nothing."""
+    ladder = ridge, escalations, floor
+    for block in blocks:
+        X, info = kernels.ridge_solve(G, block.to(G.dtype)[None], *ladder)
+        block.copy_(X[0])
+        if block is blocks[0] and len(blocks) > 1:
+            # All blocks fail alike: the others begin with the ridge that served the first.
+            served = escalated_ridge(G, ridge, floor, (-info).clamp(min=0))
+            G = G + served[:, None, None] * torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+            ladder = 0.0, 0, 0.0
 
 
 def _fixed_part(fixed: SparseColumns, G: Tensor) -> Tensor:

@@ -302,14 +302,14 @@ def ridge_solve(
         of the pivot that was not positive at the last try, and that system's X is NaN then.
     """
     # On a GPU the question whether one has failed would wait for the device.
-    factorised = _rung_by_rung if G.device.type == "cpu" else _all_rungs
+    factorised = cholesky_by_ladder if G.device.type == "cpu" else _all_rungs
     factor, info = factorised(G, ridge, escalations, floor)
     X = torch.cholesky_solve(B, factor)
     return torch.where((info <= 0)[:, None, None], X, torch.nan), info.to(torch.int32)
 
 
-def _rung_by_rung(G: Tensor, ridge: float, escalations: int, floor: float) -> tuple[Tensor, Tensor]:
-    """Factors ``[batch, k, k]`` and ``info [batch]`` as of :func:`ridge_solve`; larger ridges only where one failed."""
+def cholesky_by_ladder(G: Tensor, ridge: float, escalations: int, floor: float) -> tuple[Tensor, Tensor]:
+    """Lower factors ``[batch, k, k]`` and ``info [batch]`` as of ``ridge_solve``; larger ridges where one failed."""
     (factor,), (info,) = _factors(G, ridge, floor, range(1))
     for step in range(1, escalations + 1):
         failed = info > 0
@@ -335,8 +335,10 @@ def _factors(G: Tensor, ridge: float, floor: float, steps: range) -> tuple[Tenso
     ridges = [
         escalated_ridge(G, ridge, floor, torch.full((len(G),), step, device=G.device)) for step in steps
     ]
-    identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
-    factors, info = torch.linalg.cholesky_ex(G.tril() + torch.stack(ridges)[..., None, None] * identity)
+    systems = G.tril().repeat(len(steps), 1, 1, 1)
+    torch.diagonal(systems, dim1=-2, dim2=-1).add_(torch.stack(ridges)[..., None])
+    factors, info = torch.linalg.cholesky_ex(systems)
+    del systems
     # Not every library says that it met NaN.
     bad = ~(torch.diagonal(factors, dim1=-2, dim2=-1) > 0)
     if bad.shape[-1]:

@@ -465,7 +465,7 @@ def _result(
 ) -> Factorization:
     data = problem.data
     Z = data.unscaled(features).to_dense()
-    dead = ((features.values == 0).all(1) | ~(Y > 0).any(1)).nonzero()[:, 0]
+    dead = ((features.values == 0).all(1) | (Y.amax(1) <= 0)).nonzero()[:, 0]
     if len(dead):
         logger.info(
             "%d of %d features are dead (a zero column of Z or a zero row of Y)", len(dead), options.k

@@ -150,7 +150,7 @@ def test_all_ridges_at_once_find_what_one_after_another_does(monkeypatch, escala
             return torch.where(nan[..., None, None], A, factor), torch.where(nan, 0, info)
 
         monkeypatch.setattr(torch.linalg, "cholesky_ex", cholesky_ex)
-    monkeypatch.setattr(reference, "_rung_by_rung", reference._all_rungs)
+    monkeypatch.setattr(reference, "cholesky_by_ladder", reference._all_rungs)
     X, info = reference.ridge_solve(G, torch.ones(5, 3, 1).double(), 1e-3, escalations, 0.1)
     assert torch.equal(info, wanted)
     assert torch.equal(X.nan_to_num(7), wanted_X.nan_to_num(7))
@@ -172,11 +172,11 @@ def problem(kernels, ridge, n=50):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["plain", "twins", "triplets of large norm", "zeros", "infinite"])
-@pytest.mark.parametrize("backend", ["cpp", "torch"])
-def test_least_squares_in_blocks(monkeypatch, backend, kind, dtype):
+@pytest.mark.parametrize("way", ["cpp", "torch", "inverse factor"])
+def test_least_squares_in_blocks(monkeypatch, way, kind, dtype):
     from snmf_kernels import _backends
 
-    kernels = _backends.choose_all(torch.device("cpu"), dtype, backend)
+    kernels = _backends.choose_all(torch.device("cpu"), dtype, "torch" if way == "torch" else "cpp")
     generator = torch.Generator().manual_seed(1)
     Y = torch.rand(6, 50, generator=generator, dtype=dtype)
     if kind == "twins":
@@ -209,6 +209,10 @@ def test_least_squares_in_blocks(monkeypatch, backend, kind, dtype):
                 ridge = max(10 * ridge, floor)
         return X, ridge
 
+    if way == "inverse factor":
+        monkeypatch.setattr(_loop, "_FACTOR_BLOCK", 4)
+    else:  # as on a GPU
+        monkeypatch.setattr(_loop, "lag_on", lambda device: 2)
     for ridge, width in itertools.product((0.0, 1e-6), (40, 7)):
         monkeypatch.setattr(_loop, "_SOLVE_ELEMENTS", 6 * (width - 1))
         monkeypatch.setattr(_loop, "_SOLVE_SHARE", 0.0)
@@ -218,10 +222,17 @@ def test_least_squares_in_blocks(monkeypatch, backend, kind, dtype):
             continue
         wanted, used = in_a_host_loop(width, ridge)
         assert (used > ridge) == ((kind in ("twins", "zeros") and ridge == 0) or kind.startswith("triplets"))
-        assert torch.equal(got, wanted)
+        if way != "inverse factor":
+            assert torch.equal(got, wanted)
+            continue
+        system = YYt.double() + used * torch.eye(6).double()
+        off = got.double() - wanted.double()
+        # In units of the residual: what rounding the inverse factor W costs is eps ‖W‖, not its square.
+        rounding = torch.finfo(dtype).eps * float(torch.linalg.eigvalsh(system)[0]) ** -0.5
+        assert float((off * (system @ off)).sum().clamp(min=0)) ** 0.5 <= 20 * rounding * float(AYt.norm())
 
 
-def test_nothing_asks_a_gpu():
+def test_nothing_asks_a_gpu(monkeypatch):
     """Meta tensors have no values: whatever would wait for one raises."""
     meta = {"device": "meta", "dtype": torch.float32}
     kernels = SimpleNamespace(
@@ -231,6 +242,7 @@ def test_nothing_asks_a_gpu():
             B.new_empty(supports.d, dtype=torch.int32),
         ),
     )
+    monkeypatch.setattr(_loop, "lag_on", lambda device: 2)
     AYt, YYt = torch.empty(9, 4000, **meta), torch.empty(9, 9, **meta)
     with pytest.raises(RuntimeError, match="item"):
         bool(AYt.isnan().any())
