@@ -27,11 +27,13 @@ def facts() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The name that Linux has for it."""
+    """The name that Linux has for it; family and model too, since virtual machines give many the same name."""
+    found: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return "unknown"
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    kind = [f"{key.removeprefix('cpu ')} {found[key]}" for key in ("cpu family", "model") if key in found]
+    return " ".join([found.get("model name", "unknown"), *kind])
 
 
 @cache
