@@ -45,6 +45,8 @@ RIDGE_ESCALATIONS = 8
 # Entries of the right-hand sides that are solved at a time: at least so many, or this share of those of A, so
 # that they are small beside it.
 _SOLVE_ELEMENTS, _SOLVE_SHARE = 1 << 17, 0.01
+# Rows of Y of which the others leave less than this share are too nearly dependent for a factor rounded to float32.
+_NEARLY_DEPENDENT = 1e-2
 # Rows of a triangular matrix that are multiplied at a time, up to its diagonal.
 _FACTOR_BLOCK = 128
 
@@ -333,13 +335,19 @@ def _solve_by_inverse_factor_(
 ) -> None:
     """``G⁻¹ = WᵀW`` with the inverse W of the Cholesky factor, rounded to the blocks' dtype: two products.
 
-    They are faster than solves in float64, and nearly as good: rounding W costs ``eps·‖W‖``, the root of what rounding
-    ``G⁻¹`` would cost.
+    They are faster than solves in float64. Rounding W changes X by about eps over the least share of a row of Y that
+    the others leave; where that is next to nothing, the solves are in float64 after all.
     """
     factor, info = cholesky_by_ladder(G, ridge, escalations, floor)
     if int(info) > 0:
         for block in blocks:
             block.fill_(torch.nan)
+        return
+    # What is left of each row of Y beside those before it, as a share of the row.
+    left = torch.diagonal(factor[0]).square() / factor[0].square().sum(1)
+    if bool(left.amin() < _NEARLY_DEPENDENT):
+        for block in blocks:
+            block.copy_(torch.cholesky_solve(block.to(G.dtype), factor[0]))
         return
     inverse = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
     torch.linalg.solve_triangular(factor[0], inverse, upper=False, out=inverse)

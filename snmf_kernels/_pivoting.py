@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._data import precise_dtype
 from .sparse import Supports
 
 # So often all infeasible coefficients are exchanged although their number has not fallen; after that the last one only,
 # which cannot cycle.
 _PATIENCE = 3
-# Rounds after which a token keeps what it had. Nearly all take fewer than ten.
+# Rounds after which a token is given up. Nearly all take fewer than ten.
 _ROUNDS = 50
 # A Gram matrix of unit features with a pivot below so many rounding errors is taken to be singular.
 _SINGULAR = 1e5
@@ -33,7 +34,7 @@ def price_in_sweeps(ZtZ: Tensor, Y: Tensor, tokens: int) -> float:
     """About how many sweeps of coordinate descent cost what pivoting costs, for so many tokens like those of Y."""
     k = len(ZtZ)
     zeros = (Y <= 0).sum(0)
-    size = torch.minimum(zeros, k - zeros).double()
+    size = torch.minimum(zeros, k - zeros).to(precise_dtype(Y.device))
     by_token = _USUAL_ROUNDS * (_DEARER * float((size**3).mean()) / 3 + 2 * k * k) + _DEARER * k**3 / tokens
     return by_token / max(int((ZtZ != 0).sum()), 1)
 

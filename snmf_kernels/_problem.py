@@ -141,6 +141,8 @@ class Problem:
     def _pivot(self, Z: SparseColumns, ZtZ: Tensor, out: Tensor) -> None:
         """The optimal Y by exchanging active sets; zero for what is singular or does not end."""
         pivoting = Pivoting(self.penalised(ZtZ), self.data.kernels.support_solve, precise_dtype(out.device))
+        if not pivoting.possible:
+            return
         width = max(1, _PIVOT_ELEMENTS // Z.k)
         for start in range(0, self.data.n, width):
             tokens = slice(start, start + width)
