@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -89,22 +90,28 @@ def test_dead_features_stay_at_zero_and_singular_ones_are_refused():
 
 
 def test_rounds_that_bring_nothing_end_in_exchanges_of_one(monkeypatch):
-    """Without patience every round exchanges one coefficient, and the optimum is the same."""
+    """Without patience every round exchanges one coefficient of a token, and the optimum is the same."""
     Z = gram(10, 14, 5, shared=2.0)
     P = Z.T @ gram(30, 14, 6)
     wanted = solver_of(Z.T @ Z).solve(P)
-    sizes = []
+    sets: list[torch.Tensor] = []
     exchanged = Pivoting._round
 
     def watched(self, zero, *arguments):
-        sizes.append(zero.clone())
+        sets.append(zero.clone())
         return exchanged(self, zero, *arguments)
 
     monkeypatch.setattr(Pivoting, "_round", watched)
     monkeypatch.setattr(_pivoting, "_PATIENCE", -2)  # its last value is never above it, so that all are stuck
     monkeypatch.setattr(_pivoting, "_ROUNDS", 1000)
-    assert torch.allclose(solver_of(Z.T @ Z).solve(P), wanted, atol=1e-12)
-    assert len(sizes) > 4
+    longest = 0
+    for token in range(P.shape[1]):
+        sets.clear()
+        got = solver_of(Z.T @ Z).solve(P[:, token : token + 1])
+        assert torch.allclose(got, wanted[:, token : token + 1], atol=1e-12)
+        assert all(int((a ^ b).sum()) == 1 for a, b in itertools.pairwise(sets))
+        longest = max(longest, len(sets))
+    assert longest > 4
 
 
 def test_the_price_grows_with_what_pivoting_does():
@@ -148,11 +155,35 @@ def test_encode_exchanges_where_descent_crawls(monkeypatch, crowded, options, ba
     with monkeypatch.context() as patch:
         patch.setattr(_problem.Problem, "_converges_slowly", lambda *_: False)
         crawling = result.encode(A, tol=1e-6, max_sweeps=20_000, backend="cpp")
-    decisions = spied(monkeypatch)
+    decisions, exchanged = spied(monkeypatch), []
+    exchange = _problem.Problem._pivot
+
+    def kept(self, Z, ZtZ, out):
+        exchange(self, Z, ZtZ, out)
+        exchanged.append(out.clone())
+
+    monkeypatch.setattr(_problem.Problem, "_pivot", kept)
     got = result.encode(A, tol=1e-6, backend=backend)
     assert decisions == [True]
     assert got.kkt_residual <= 1e-6
     assert got.relative_error == pytest.approx(crawling.relative_error, rel=1e-4)
+    # The sweeps that follow would mend a start that is not the optimum.
+    assert bool(exchanged[0].any())
+    assert torch.allclose(exchanged[0], got.Y, rtol=1e-3, atol=1e-4 * float(got.Y.max()))
+
+
+def test_encode_of_tokens_that_use_all_features(monkeypatch, crowded):
+    """Few zeros, which the inverse of the Gram matrix serves."""
+    generator = torch.Generator().manual_seed(3)
+    Z = torch.randn(200, 30, generator=generator) + 30 * torch.randn(200, 1, generator=generator)
+    Z /= Z.norm(dim=0)
+    Y = 0.5 + torch.rand(30, 300, generator=generator)
+    result = replace(crowded[0], Z=Z, neuron_scale=None)
+    decisions = spied(monkeypatch)
+    got = result.encode(Z @ Y)
+    assert decisions == [True]
+    assert got.kkt_residual <= 1e-4
+    assert got.relative_error < 1e-5
 
 
 def test_encode_descends_where_that_is_quick_or_asked_for(monkeypatch, crowded):
