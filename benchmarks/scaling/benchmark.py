@@ -172,7 +172,10 @@ def figure(stored: dict[str, Any], path: Path) -> None:
     right.set(
         xlabel="tokens n", ylabel="pass / dense product A Yᵀ", title="against the floor", ylim=(0, None)
     )
-    left.legend(fontsize=7)
+    for ax in (left, right):
+        ax.set_xticks(N, [f"{n:,}" for n in N])
+        ax.minorticks_off()
+    fig.legend(*left.get_legend_handles_labels(), fontsize=7, loc="outside right center")
     fig.savefig(path, dpi=110)
 
 
