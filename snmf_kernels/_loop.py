@@ -16,7 +16,7 @@ from ._backends import Kernels
 from ._data import precise_dtype
 from ._monitor import Monitor
 from ._problem import Problem
-from ._steps import Steps, lag_on
+from ._steps import Steps
 from .reference import cholesky_by_ladder, escalated_ridge
 from .sparse import PassResult, SparseColumns
 
@@ -45,7 +45,8 @@ RIDGE_ESCALATIONS = 8
 # Entries of the right-hand sides that are solved at a time: at least so many, or this share of those of A, so
 # that they are small beside it.
 _SOLVE_ELEMENTS, _SOLVE_SHARE = 1 << 17, 0.01
-# Rows of Y of which the others leave less than this share are too nearly dependent for a factor rounded to float32.
+# A row of Y of which the others leave less than this share of its square depends on them too nearly for a factor
+# rounded to float32.
 _NEARLY_DEPENDENT = 1e-2
 # Rows of a triangular matrix that are multiplied at a time, up to its diagonal.
 _FACTOR_BLOCK = 128
@@ -83,7 +84,7 @@ class PaperIterations:
         data, kernels = problem.data, problem.data.kernels
         AYt = data.times_coefficients(state.Y) if state.AYt is None else state.AYt.clone()
         norms = row_norms(state.YYt)
-        dense = least_squares_(AYt, state.YYt, problem)
+        dense = least_squares_(AYt, state.YYt, problem, deferred=self._steps.deferred)
         Z = kernels.winner_take_all(dense.T, problem.count)
         del AYt, dense
         Z = Z.scaled_columns(norms)
@@ -172,7 +173,7 @@ class FastIterations:
         else:
             AYt = self._free_products(G, norms)
             if step == "explore":
-                dense = least_squares_(AYt, G_free, problem)
+                dense = least_squares_(AYt, G_free, problem, deferred=self._steps.deferred)
                 Z = problem.data.kernels.winner_take_all(dense.T, problem.count)
                 del dense
             else:
@@ -311,11 +312,12 @@ def refit_on_support(Z: SparseColumns, AYt_kept: Tensor, YYt: Tensor, problem: P
     return SparseColumns(Z.indices, values.view_as(Z.values), Z.d)
 
 
-def least_squares_(AYt: Tensor, YYt: Tensor, problem: Problem) -> Tensor:
+def least_squares_(AYt: Tensor, YYt: Tensor, problem: Problem, *, deferred: bool) -> Tensor:
     """``(Y Yᵀ + ridge·I)⁻¹ (A Yᵀ)ᵀ`` as ``[k, d]`` in place of ``AYt``, by factors in float64 where there is one.
 
     Where rounding has left ``Y Yᵀ + ridge·I`` without a Cholesky factor (two features with the same
     coefficients, say), the ridge is raised tenfold until it has one. What is not finite stays so, as NaN.
+    Where steps are ``deferred``, nothing is asked of the device.
     """
     G = YYt.to(precise_dtype(YYt.device))[None]
     ladder = problem.ridge, RIDGE_ESCALATIONS, torch.finfo(YYt.dtype).eps
@@ -323,7 +325,7 @@ def least_squares_(AYt: Tensor, YYt: Tensor, problem: Problem) -> Tensor:
     # As wide as the system at least, so that what is done once for each block is the lesser part.
     width = max(k, max(_SOLVE_ELEMENTS, int(_SOLVE_SHARE * d * problem.data.n)) // k + 1)
     blocks = [AYt[:, start : start + width] for start in range(0, d, width)]
-    if lag_on(AYt.device):
+    if deferred:
         _solve_without_waiting_(blocks, G, problem.data.kernels, *ladder)
     else:
         _solve_by_inverse_factor_(blocks, G, *ladder)
@@ -336,16 +338,16 @@ def _solve_by_inverse_factor_(
     """``G⁻¹ = WᵀW`` with the inverse W of the Cholesky factor, rounded to the blocks' dtype: two products.
 
     They are faster than solves in float64. Rounding W changes X by about eps over the least share of a row of Y that
-    the others leave; where that is next to nothing, the solves are in float64 after all.
+    those before it leave; where that is next to nothing, the solves are in float64 after all.
     """
     factor, info = cholesky_by_ladder(G, ridge, escalations, floor)
     if int(info) > 0:
         for block in blocks:
             block.fill_(torch.nan)
         return
-    # What is left of each row of Y beside those before it, as a share of the row.
-    left = torch.diagonal(factor[0]).square() / factor[0].square().sum(1)
-    if bool(left.amin() < _NEARLY_DEPENDENT):
+    # Squares of what is left of each row of Y beside those before it, and of the rows.
+    left, whole = torch.diagonal(factor[0]).square(), torch.diagonal(G[0])
+    if bool((left < _NEARLY_DEPENDENT * whole).any()):
         for block in blocks:
             block.copy_(torch.cholesky_solve(block.to(G.dtype), factor[0]))
         return

@@ -212,12 +212,12 @@ def test_least_squares_in_blocks(monkeypatch, way, kind, dtype):
 
     if way == "inverse factor":
         monkeypatch.setattr(_loop, "_FACTOR_BLOCK", 4)
-    else:  # as on a GPU
-        monkeypatch.setattr(_loop, "lag_on", lambda device: 2)
     for ridge, width in itertools.product((0.0, 1e-6), (40, 7)):
         monkeypatch.setattr(_loop, "_SOLVE_ELEMENTS", 6 * (width - 1))
         monkeypatch.setattr(_loop, "_SOLVE_SHARE", 0.0)
-        got = _loop.least_squares_(AYt.clone(), YYt, problem(kernels, ridge))
+        got = _loop.least_squares_(
+            AYt.clone(), YYt, problem(kernels, ridge), deferred=way != "inverse factor"
+        )
         if kind == "infinite":
             assert bool(got.isnan().all())
             continue
@@ -242,7 +242,7 @@ def test_least_squares_of_features_alike_are_alike(scale):
     Y = scale * torch.rand(10, 2000, generator=generator)
     Y[1] = Y[0]
     AYt = Y @ torch.randn(2000, 300, generator=generator)
-    X = _loop.least_squares_(AYt.clone(), Y @ Y.T, problem("cpp", 1e-6))
+    X = _loop.least_squares_(AYt.clone(), Y @ Y.T, problem(None, 1e-6), deferred=False)
     Gd = (Y @ Y.T).double() + 1e-6 * torch.eye(10).double()
     wanted = torch.linalg.solve(Gd, AYt.double())
     assert torch.allclose(X.double(), wanted, atol=1e-3 * float(wanted.abs().max()), rtol=0)
@@ -259,7 +259,7 @@ def test_a_start_of_equal_coefficients_ends_well():
     assert got.relative_error < 1
 
 
-def test_nothing_asks_a_gpu(monkeypatch):
+def test_nothing_asks_a_gpu():
     """Meta tensors have no values: whatever would wait for one raises."""
     meta = {"device": "meta", "dtype": torch.float32}
     kernels = SimpleNamespace(
@@ -269,11 +269,11 @@ def test_nothing_asks_a_gpu(monkeypatch):
             B.new_empty(supports.d, dtype=torch.int32),
         ),
     )
-    monkeypatch.setattr(_loop, "lag_on", lambda device: 2)
     AYt, YYt = torch.empty(9, 4000, **meta), torch.empty(9, 9, **meta)
     with pytest.raises(RuntimeError, match="item"):
         bool(AYt.isnan().any())
-    assert _loop.least_squares_(AYt, YYt, problem(kernels, 1e-6)).shape == (9, 4000)
+    solved = _loop.least_squares_(AYt, YYt, problem(kernels, 1e-6), deferred=True)
+    assert solved.shape == (9, 4000)
     Z = SparseColumns(torch.empty(9, 30, device="meta", dtype=torch.int64), torch.empty(9, 30, **meta), 4000)
     refit = _loop.refit_on_support(Z, torch.empty(9, 30, **meta), YYt, problem(kernels, 1e-6))
     assert refit.values.shape == (9, 30)
@@ -371,7 +371,7 @@ class TestOnAGpu:
 
         def work():
             for YYt, AYt, Z in runs:
-                _loop.least_squares_(AYt.clone(), YYt, problem(kernels, 0.0))
+                _loop.least_squares_(AYt.clone(), YYt, problem(kernels, 0.0), deferred=True)
                 _loop.refit_on_support(Z, Z.gather(AYt), YYt, problem(kernels, 1e-6))
 
         work()  # loads the kernels
