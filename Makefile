@@ -14,8 +14,9 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*) snmf_kerne
 demo: $(VENV)/demo.stamp
 	$(BIN)/snmf demo
 
+# Files side by side, since most tests keep one core busy; not too many, for some load a language model.
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-json=benchmarks/results/latest.json
