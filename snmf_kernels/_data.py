@@ -327,6 +327,11 @@ def precise_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """Which share of their size sums of entries in this dtype may be off by."""
+    return 8 * torch.finfo(dtype).eps
+
+
 def relative(loss: float, squared_norm: float) -> float:
     """``loss / ‖A‖²``, with 0 / 0 = 0 for an all-zero matrix."""
     if squared_norm > 0:

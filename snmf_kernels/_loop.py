@@ -95,7 +95,7 @@ class PaperIterations:
             products="all" if self._steps.deferred else None,
         )  # fmt: skip
         YYt = data.gram_of_coefficients(Y)
-        loss = problem.objective(result, ZtZ, YYt).clamp(min=0)
+        loss = problem.loss(result, ZtZ, YYt)
         better = self._best.improves(loss)
         if self._steps.deferred:
             self._best.copy(better, Z, Y)
@@ -191,7 +191,7 @@ class FastIterations:
             features, ZtZ, Y, self._sweeps, out=Y, row_scale=1 / norms, tol=SWEEP_TOL, products=products
         )
         YYt = problem.data.gram_of_coefficients(Y)
-        loss = problem.objective(result, ZtZ, YYt).clamp(min=0)
+        loss = problem.loss(result, ZtZ, YYt)
         self._best.copy(self._best.improves(loss), Z, Y if self._keeps_Y else None)
         self._state.update(YYt=YYt, AYt=result.AYt, Z=Z, loss=loss)
 
@@ -228,7 +228,7 @@ class FastIterations:
             features, ZtZ, Y, sweeps, out=Y, tol=FINAL_TOL, measure=True, residual=True
         )
         YYt = problem.data.gram_of_coefficients(Y)
-        self.monitor.add_final(problem.objective(result, ZtZ, YYt))
+        self.monitor.add_final(problem.loss(result, ZtZ, YYt))
         return features, Y, result
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._checks import dtype_name
-from ._data import relative
+from ._data import relative, rounding
 from .factorization import StopReason
 
 
@@ -87,8 +87,8 @@ class Monitor:
         self._squared_norm, self._dtype = squared_norm, dtype
         self._max_iter, self._tol, self._patience = max_iter, tol, patience
         self._callbacks = tuple(callbacks)
-        # The loss is a difference of sums of this size, which are float64 sums of entries in the working dtype.
-        self._rounding = 8 * torch.finfo(dtype).eps * squared_norm
+        # The loss is a difference of sums of this size (where they are larger, ``Problem.loss`` sees to it).
+        self._rounding = rounding(dtype) * squared_norm
         self._reference, self._stale = math.inf, 0
         self._lag = lag
         self._under_way: deque[_Reading] = deque()
@@ -119,7 +119,7 @@ class Monitor:
 
     def add_final(self, loss: Tensor) -> None:
         """Takes note of the loss after the last sweeps over Y, which no iteration belongs to."""
-        self.losses.append(max(float(loss), 0.0))
+        self.losses.append(float(loss))
 
     def restart_patience(self) -> None:
         """Another phase begins: what the last one failed to gain does not count."""

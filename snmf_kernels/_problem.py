@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._checks import dtype_name
-from ._data import DataMatrix, precise_dtype
+from ._data import DataMatrix, precise_dtype, rounding
 from ._pivoting import Pivoting, price_in_sweeps
 from .sparse import PassResult, SparseColumns
 
@@ -82,10 +82,17 @@ class Problem:
             **options,
         )
 
-    def objective(self, result: PassResult, ZtZ: Tensor, YYt: Tensor) -> Tensor:
-        """The objective from a pass's sums and Gram matrices: ``‖A‖² − 2⟨ZtA − shift, Y⟩ + ⟨ZtZ + penalty, Y Yᵀ⟩``."""
-        squared = dot(ZtZ, YYt) + self.l2 * dot(torch.diagonal(ZtZ), torch.diagonal(YYt))
-        return self.data.squared_norm() + squared - 2 * result.dot
+    def loss(self, result: PassResult, ZtZ: Tensor, YYt: Tensor) -> Tensor:
+        """The objective from a pass's sums and Gram matrices: ``‖A‖² − 2⟨ZtA − shift, Y⟩ + ⟨ZtZ + penalty, Y Yᵀ⟩``.
+
+        Near an optimum for Y the terms that hold it are at most ``3 ‖A‖²`` together, but for features that cancel each
+        other. What larger ones leave of each other may be rounding alone; the loss is said to be no less than that.
+        """
+        l2_term = self.l2 * dot(torch.diagonal(ZtZ), torch.diagonal(YYt))
+        whole, crossed = self.data.squared_norm(), 2 * result.dot
+        loss = whole + dot(ZtZ, YYt) + l2_term - crossed
+        terms = dot(ZtZ.abs(), YYt) + l2_term + crossed.abs()
+        return torch.maximum(loss, rounding(self.data.dtype) * (terms - 3 * whole).clamp(min=0))
 
     def solve_coefficients(
         self, Z: SparseColumns, tol: float, max_sweeps: int

@@ -12,7 +12,9 @@ from conftest import runs_here
 from problems import PARITY, assert_near, planted, published_iteration, relative_difference
 
 import snmf_kernels
-from snmf_kernels import StopReason, fit
+from snmf_kernels import StopReason, _backends, fit, reference
+from snmf_kernels._data import DataMatrix, rounding
+from snmf_kernels._problem import Problem
 
 
 def problem(dtype=torch.float64, d=64, n=60, k=5, keep=0.1):
@@ -225,6 +227,36 @@ def test_stop_reasons():
     assert again.stop_reason is StopReason.CONVERGED
     exact = fit(torch.ones(20, 30), 1, keep=1.0, tol=0, patience=100)
     assert exact.stop_reason is StopReason.EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_large_factors_leave_of_each_other_is_not_exact(dtype):
+    """``Z Y`` is far larger than A in parts that nearly cancel: its loss is far from zero, and lost to rounding."""
+    huge = torch.finfo(dtype).eps ** -0.9
+    generator = torch.Generator().manual_seed(0)
+    A = torch.rand(20, 30, generator=generator, dtype=dtype)
+    kernels = _backends.choose_all(A.device, dtype)
+    problem = Problem(DataMatrix(A, dtype, kernels), count=20, ridge=0.0)
+    missed = 0
+    for _ in range(20):
+        z = torch.randn(1, 20, generator=generator, dtype=dtype)
+        Z = reference.winner_take_all(torch.cat([z, -z]).T, 20)
+        y = huge * torch.rand(1, 30, generator=generator, dtype=dtype)
+        Y = torch.cat([y, y + torch.rand(1, 30, generator=generator, dtype=dtype)])
+        ZtZ = problem.gram(Z)
+        result = problem.data.coefficient_pass(Z, ZtZ, Y, 0, out=Y)
+        wanted = problem.data.squared_residual(Z, Y)
+        loss = problem.loss(result, ZtZ, problem.data.gram_of_coefficients(Y))
+        exact = rounding(dtype) * float(problem.data.squared_norm())
+        assert wanted > exact < float(loss)
+        missed += float(reference_loss(A, Z, Y)) <= exact
+    assert missed, "rounding has hidden some of them"
+
+
+def reference_loss(A, Z, Y):
+    """The loss from Gram matrices, whatever is left of it."""
+    dense = Z.to_dense()
+    return A.square().sum() + ((dense.T @ dense) * (Y @ Y.T)).sum() - 2 * ((dense.T @ A) * Y).sum()
 
 
 def test_the_scale_of_the_data_does_not_matter():
