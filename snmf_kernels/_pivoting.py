@@ -21,8 +21,11 @@ from .sparse import Supports
 _PATIENCE = 3
 # Rounds after which a token is given up. Nearly all take fewer than ten.
 _ROUNDS = 50
-# A Gram matrix of unit features with a pivot below so many rounding errors is taken to be singular.
+# A Gram matrix of unit features with a pivot below so many rounding errors is taken to be singular. The first of these
+# ridges that mends that moves coefficients by as much as it is, in the units of the KKT residual: below any tolerance
+# where features are alike, then below the usual one where the products were rounded to float32.
 _SINGULAR = 1e5
+_RIDGES = (0.0, 1e-9, 1e-6)
 # Below this share of a token's largest coefficient (gradient), a wrong sign is rounding.
 _ROUNDING = 1e-10
 # Multiply-adds of sweeps of coordinate descent in the time that one of a small float64 factorisation takes, and the
@@ -48,7 +51,7 @@ class Pivoting:
         dtype: that of the computation.
 
     Attributes:
-        possible: False if G is singular to working precision; nothing is solved then.
+        possible: False if G is singular to working precision in spite of a small ridge; nothing is solved then.
     """
 
     def __init__(self, G: Tensor, support_solve: Callable[..., Any], dtype: torch.dtype) -> None:
@@ -57,12 +60,15 @@ class Pivoting:
         self._living = (diagonal > 0).nonzero()[:, 0]
         self._scale = diagonal[self._living].to(dtype).sqrt()
         living = G[self._living[:, None], self._living].to(dtype)
-        self._G = living / (self._scale[:, None] * self._scale)
-        factor, info = torch.linalg.cholesky_ex(self._G)
-        pivots = torch.diagonal(factor).square()
-        well_posed = bool(((info == 0) & (pivots > _SINGULAR * torch.finfo(dtype).eps)).all())
-        self.possible = len(self._living) > 0 and well_posed
-        self._inverse = torch.cholesky_inverse(factor) if self.possible else self._G
+        living /= self._scale[:, None] * self._scale
+        least, self.possible = _SINGULAR * torch.finfo(dtype).eps, False
+        for ridge in _RIDGES if len(living) else ():
+            self._G = living + ridge * torch.eye(len(living), dtype=dtype, device=G.device)
+            factor, info = torch.linalg.cholesky_ex(self._G)
+            if bool(((info == 0) & (torch.diagonal(factor).square() > least)).all()):
+                self.possible = True
+                self._inverse = torch.cholesky_inverse(factor)
+                break
 
     def solve(self, P: Tensor) -> Tensor:
         """The optimal coefficients ``[k, m]`` for ``P [k, m]``; zeros for a token that took too many rounds."""

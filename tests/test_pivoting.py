@@ -74,7 +74,23 @@ def test_any_problem_ends_at_its_optimum(k, extra, shared, loudness, seed, whole
     assert float(torch.minimum(x, gradient).abs().max()) <= tolerance
 
 
-def test_dead_features_stay_at_zero_and_singular_ones_are_refused():
+@pytest.mark.parametrize("rounded", [False, True], ids=["float64", "of float32"])
+@pytest.mark.parametrize("alike", ["two alike", "a sum"])
+def test_dependent_features_have_an_optimum_too(alike, rounded):
+    Z = gram(8, 20, 3)
+    Z[:, 7] = Z[:, 0] if alike == "two alike" else Z[:, 0] + Z[:, 1]
+    A = gram(40, 20, 4)
+    G, P = Z.T @ Z, Z.T @ A
+    if rounded:
+        G, P = G.float().double(), P.float().double()
+    y = solver_of(G).solve(P)
+    wanted = np.stack([nnls(Z.numpy(), a.numpy())[0] for a in A.T], axis=1)
+    left, least = (A - Z @ y).square().sum(0), (A - Z @ torch.from_numpy(wanted)).square().sum(0)
+    assert bool((y >= 0).all())
+    assert bool((left <= least * (1 + (1e-5 if rounded else 1e-8))).all())
+
+
+def test_dead_features_stay_at_zero_and_indefinite_matrices_are_refused():
     Z = gram(5, 9, 3)
     Z[:, 2] = 0
     solver = solver_of(Z.T @ Z)
@@ -83,10 +99,9 @@ def test_dead_features_stay_at_zero_and_singular_ones_are_refused():
     assert not bool(y[2].any())
     alone = solver_of((Z.T @ Z)[rest][:, rest]).solve((Z.T @ gram(6, 9, 4))[rest])
     assert torch.equal(y[rest], alone)
-    Z[:, 4] = Z[:, 3]
-    singular = solver_of(Z.T @ Z)
-    assert not singular.possible
-    assert not bool(singular.solve(torch.ones(5, 2).double()).any())
+    indefinite = solver_of(torch.tensor([[1.0, 2.0], [2.0, 1.0]]).double())
+    assert not indefinite.possible
+    assert not bool(indefinite.solve(torch.ones(2, 3).double()).any())
 
 
 def test_rounds_that_bring_nothing_end_in_exchanges_of_one(monkeypatch):
@@ -206,8 +221,11 @@ def test_what_exchanging_leaves_is_descended(monkeypatch, crowded):
     some = result.encode(A, tol=1e-5, max_sweeps=20_000)
     assert some.kkt_residual <= 1e-5
     assert some.relative_error == pytest.approx(wanted.relative_error, rel=1e-4)
+    monkeypatch.undo()
     twice = result.Z.clone()
     twice[:, 1] = twice[:, 0]
     monkeypatch.setattr(_problem.Problem, "_converges_slowly", lambda *_: True)
-    singular = replace(result, Z=twice).encode(A, tol=1e-4, max_sweeps=20_000)
-    assert singular.kkt_residual <= 1e-4
+    for ridges in (_pivoting._RIDGES, (0.0,)):
+        monkeypatch.setattr(_pivoting, "_RIDGES", ridges)
+        singular = replace(result, Z=twice).encode(A, tol=1e-4, max_sweeps=20_000)
+        assert singular.kkt_residual <= 1e-4
