@@ -31,7 +31,8 @@ from torch import Tensor
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from real_activations import activations, store  # noqa: E402  # after the path
+from machine import described, facts  # noqa: E402  # after the path
+from real_activations import activations, store  # noqa: E402
 
 import snmf_kernels  # noqa: E402
 from snmf_interp import JointOptions, files, fit_hierarchy  # noqa: E402
@@ -180,19 +181,21 @@ def measure(
         ),
     )
     norm = tokens.squared_norm * len(counted)
-    return {
-        "model": model,
-        "layer": layer,
-        "levels": which,
-        "sizes": list(sizes),
-        "tokens": A.shape[1],
-        "rate": rate,
-        "best_by_rate": {str(rate): min(curve.losses) / norm for rate, curve in by_rate.items()},
-        "adam": relative(adam, norm),
-        "joint": relative(middle, norm),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    } | compare(adam, middle)
+    return (
+        {
+            "model": model,
+            "layer": layer,
+            "levels": which,
+            "sizes": list(sizes),
+            "tokens": A.shape[1],
+            "rate": rate,
+            "best_by_rate": {str(rate): min(curve.losses) / norm for rate, curve in by_rate.items()},
+            "adam": relative(adam, norm),
+            "joint": relative(middle, norm),
+        }
+        | compare(adam, middle)
+        | facts()
+    )
 
 
 def relative(curve: Curve, norm: float) -> dict[str, list[float]]:
@@ -202,10 +205,10 @@ def relative(curve: Curve, norm: float) -> dict[str, list[float]]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     first = rows[0]
     lines = [
-        f"Levels of {', '.join(map(str, first['sizes']))} features, 1 % of neurons kept, {first['threads']} threads, "
-        f"torch {first['torch']}; losses relative to ‖A‖² and the number of levels that count. *Times sooner*: until "
-        f"Adam's best loss of {len(first['adam']['losses'])} iterations at its best rate, by the clock and by the time "
-        f"of all cores, which a busy machine does not change; *near*: until {NEAR:.0%} of what Adam gains.",
+        f"Levels of {', '.join(map(str, first['sizes']))} features, 1 % of neurons kept. {described(rows)}. "
+        "Losses relative to ‖A‖² and the number of levels that count. *Times sooner*: until Adam's best loss of "
+        f"{len(first['adam']['losses'])} iterations at its best rate, by the clock and by the time of all cores, which "
+        f"a busy machine does not change; *near*: until {NEAR:.0%} of what Adam gains.",
         "",
         "| layer | levels that count | Adam: rate, best loss, s | joint: final loss, s to Adam's best | times sooner "
         "| by time of all cores | near |",
