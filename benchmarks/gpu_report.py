@@ -242,24 +242,41 @@ def on_streams(streams, function, *arguments):
 
 def columns():
     """Column descent, which a single program does, by itself and on eight streams, as ``fit_many`` has them."""
-    for d, k in shapes([(1536, 100), (14336, 100), (14336, 400)], [(70, 3)]):
-        count = max(1, d // 100)
-        Y = torch.rand(k, 2000, device=DEVICE)
-        AYt = torch.randn(k, d, device=DEVICE)
-        Z = reference.winner_take_all(torch.randn(k, d, device=DEVICE).T, count)
-        facts = {
-            "name": f"columns d={d} k={k}",
-            **timed("one", _triton.column_descent, Z, AYt, Y @ Y.T, repeat=5),
-        }
-        if DEVICE == "cuda":
-            streams = [torch.cuda.Stream() for _ in range(8)]
-            facts |= timed(
-                "8_streams", on_streams, streams, _triton.column_descent, Z, AYt, Y @ Y.T, repeat=5
+    committed = dict(selection.COLUMNS)
+    launches = [
+        committed[torch.float32],
+        *(
+            configs.ColumnConfig(*launch)
+            for launch in (
+                (1 << 14, 1024, 16, 128, 64), (1 << 14, 2048, 16, 64, 64), (1 << 14, 2048, 8, 64, 64),
+                (0, 2048, 16, 128, 64), (0, 2048, 32, 128, 64),
             )
-        wanted = reference.column_descent(Z, AYt, Y @ Y.T)
-        got = _triton.column_descent(Z, AYt, Y @ Y.T)
-        facts["same_entries"] = float((got.indices == wanted.indices).double().mean())
-        yield facts
+        ),
+    ]  # fmt: skip
+    try:
+        for d, k in shapes([(1536, 100), (14336, 100), (14336, 400)], [(70, 3)]):
+            count = max(1, d // 100)
+            Y = torch.rand(k, 2000, device=DEVICE)
+            AYt = torch.randn(k, d, device=DEVICE)
+            Z = reference.winner_take_all(torch.randn(k, d, device=DEVICE).T, count)
+            wanted = reference.column_descent(Z, AYt, Y @ Y.T)
+            for launch in shapes(launches, launches[:2]):
+                selection.COLUMNS[torch.float32] = launch
+                problem = Z, AYt, Y @ Y.T
+                facts = {
+                    "name": f"columns d={d} k={k} {launch}",
+                    **timed("one", _triton.column_descent, *problem, repeat=5),
+                    **timed("five_sweeps", _triton.column_descent, *problem, 5, repeat=5),
+                }
+                if DEVICE == "cuda":
+                    streams = [torch.cuda.Stream() for _ in range(8)]
+                    facts |= timed(
+                        "8_streams", on_streams, streams, _triton.column_descent, *problem, repeat=5
+                    )
+                got = _triton.column_descent(*problem)
+                yield {**facts, "same_entries": float((got.indices == wanted.indices).double().mean())}
+    finally:
+        selection.COLUMNS.update(committed)
 
 
 TILES = [  # block_k, block_j, block_n, num_warps, num_stages
@@ -287,27 +304,31 @@ def tune():
 
 
 def select():
-    """Winner-take-all against torch.topk, over blocks and warps."""
-    launches = [(1024, 4), (2048, 4), (4096, 4), (4096, 8), (8192, 8), (16384, 8), (16384, 16)]
-    committed = selection.SELECT
+    """Winner-take-all against torch.topk, with columns in registers and from cache, over blocks and warps."""
+    launches = [
+        (whole, *launch)
+        for whole in (1 << 14, 0)
+        for launch in ((1024, 8), (2048, 8), (4096, 8), (1024, 16), (2048, 16), (4096, 16))
+    ]
+    committed = dict(selection.SELECT)
     try:
         for d, k in shapes([(1536, 100), (14336, 100), (14336, 400), (14336, 1000)], [(70, 3)]):
             count = -(-d // 100)
             Z = torch.randn(k, d, device=DEVICE).T
             plain = timed("topk", lambda Z, count: Z.abs().topk(count, dim=0), Z, count)
             wanted = reference.winner_take_all(Z, count)
-            for block, warps in shapes(launches, launches[:1]):
-                selection.SELECT = configs.BlockConfig(block, warps)
+            for launch in shapes(launches, launches[::6]):
+                selection.SELECT[torch.float32] = configs.SelectConfig(*launch)
                 fused = timed("triton", _triton.winner_take_all, Z, count)
                 yield {
-                    "name": f"select d={d} k={k} block={block} warps={warps}",
+                    "name": f"select d={d} k={k} whole, block, warps={launch}",
                     **plain,
                     **fused,
                     "speedup": plain["topk_ms"] / fused["triton_ms"],
                     "equal": torch.equal(_triton.winner_take_all(Z, count).indices, wanted.indices),
                 }
     finally:
-        selection.SELECT = committed
+        selection.SELECT.update(committed)
 
 
 def compare(operation, exact, *arguments):

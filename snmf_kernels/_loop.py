@@ -27,8 +27,9 @@ EPS = 1e-6  # the paper's constant in the denominator of the multiplicative upda
 # longer, and the columns that it leads to are worse for every iteration less.
 EXPLORE_GAIN = 2e-3
 EXPLORE_MOST = {"kmeans": 6, "svd": 12, "random": 12, "given": 12}
-# Sweeps of column descent for each fresh A Yᵀ: they cost nothing in n.
-COLUMN_SWEEPS = 10
+# Sweeps of column descent for each fresh A Yᵀ: they cost nothing in n. Of a GPU one multiprocessor does them, and five
+# gain 93 to 100 % of what ten do (four layers of two models, k = 100); the losses of whole fits are the same to 0.1 %.
+COLUMN_SWEEPS, GPU_COLUMN_SWEEPS = 10, 5
 # With refit="late", columns are chosen anew only until the loss is this share below what exploring reached: enough to
 # be below the paper's solver, whose optimum exploring comes near, and no more, since every choice drifts towards loud
 # neurons.
@@ -178,7 +179,8 @@ class FastIterations:
                 del dense
             else:
                 Z = state.features().scaled_columns(free)
-                Z = problem.data.kernels.column_descent(Z, AYt, G_free, COLUMN_SWEEPS)
+                sweeps = GPU_COLUMN_SWEEPS if AYt.is_cuda else COLUMN_SWEEPS
+                Z = problem.data.kernels.column_descent(Z, AYt, G_free, sweeps)
                 Z = refit_on_support(Z, Z.gather(AYt), G_free, problem)
             del AYt
         self._update_coefficients(Z, norms, products)

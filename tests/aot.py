@@ -77,7 +77,8 @@ def of_ones(case: Case) -> Case:
 
 
 def options(config: Any) -> dict[str, int]:
-    return {name: getattr(config, name) for name in ("num_warps", "num_stages") if hasattr(config, name)}
+    of_config = {name: getattr(config, name) for name in ("num_warps", "num_stages") if hasattr(config, name)}
+    return launch.OPTIONS | of_config
 
 
 def blocks(config: Any, **others: Any) -> dict[str, Any]:
@@ -112,30 +113,33 @@ def update_cases() -> Iterator[Case]:
 
 
 def select_cases() -> Iterator[Case]:
-    for dtype, bits in ((torch.float32, 31), (torch.float64, 63)):
-        element = ELEMENT[dtype]
+    """Of a column that is searched in registers, the longest, and of a longer one."""
+    for (dtype, bits), whole in itertools.product(((torch.float32, 31), (torch.float64, 63)), (True, False)):
+        element, long = ELEMENT[dtype], "" if whole else "-long"
+
+        def searched(config: configs.SelectConfig, bits: int = bits, whole: bool = whole) -> dict[str, Any]:
+            size = config.whole if whole else config.block
+            return {"BITS": bits, "WHOLE": whole, "SIZE": size, "BLOCK": config.block}
+
+        select, columns = configs.SELECT[dtype], configs.COLUMNS[dtype]
         yield Case(
-            f"winner_take_all-{element}",
+            f"winner_take_all-{element}{long}",
             selection.winner_take_all_kernel,
             pointers(element, "z", "value") | pointers("i64", "index"),
             # A stride of 1 is specialised as a constant in a launch.
-            {"row_stride": 1, "BITS": bits, "BLOCK": configs.SELECT.block},
+            {"row_stride": 1, **searched(select)},
             ("count",),
-            options(configs.SELECT),
+            options(select),
         )
         yield Case(
-            f"column_descent-{element}",
+            f"column_descent-{element}{long}",
             selection.column_descent_kernel,
-            pointers(element, "value", "products", "q", "residual", "column", "change")
-            | pointers("i64", "index", "noted"),
-            {
-                "BITS": bits,
-                "BLOCK": configs.COLUMNS.block_d,
-                "BLOCK_C": configs.COLUMNS.block_c,
-                "BLOCK_K": configs.COLUMNS.block_k,
-            },
+            pointers(element, "value", "dense", "q", "residual", "hint", "column", "change")
+            | pointers("i64", "index")
+            | pointers("i32", "row"),
+            {**searched(columns), "GROUP": 16, "BLOCK_C": columns.block_c, "BLOCK_K": columns.block_k},
             ("k", "count", "sweeps"),
-            options(configs.COLUMNS),
+            options(columns) | {"num_stages": 1},
         )
 
 

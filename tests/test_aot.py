@@ -20,10 +20,14 @@ BOUNDS = {
     "multiplicative_update-fp64-large": (128, 16_000, 7),
     "coordinate_descent-fp32": (144, 8_000, 6),
     "coordinate_descent-fp64": (200, 8_000, 8),
-    "winner_take_all-fp32": (200, 40_000, 6),
-    "winner_take_all-fp64": (220, 40_000, 12),
-    "column_descent-fp32": (144, 20_000, 6),
-    "column_descent-fp64": (144, 20_000, 8),
+    "winner_take_all-fp32": (72, 20_000, 4),
+    "winner_take_all-fp32-long": (72, 20_000, 0),
+    "winner_take_all-fp64": (84, 20_000, 5),
+    "winner_take_all-fp64-long": (84, 20_000, 3),
+    "column_descent-fp32": (128, 20_000, 0),
+    "column_descent-fp32-long": (112, 20_000, 0),
+    "column_descent-fp64": (128, 20_000, 2),
+    "column_descent-fp64-long": (128, 20_000, 4),
     "product-fp32-bf16": (168, 32_000, 9),
     "product-fp32-bf16-token_major": (168, 32_000, 9),
     "product-fp32-fp32": (128, 20_000, 4),
@@ -117,7 +121,7 @@ def test_resources(compiled, kernel, target):
     registers, shared, wide_loads = BOUNDS[kernel]
     assert row["stack"] == 0, "registers were spilled"
     # On gfx942, of the kernel with the most addresses.
-    assert row["scalar_spills"] <= (8 if kernel.startswith("column_descent") else 0)
+    assert row["scalar_spills"] <= (40 if kernel.startswith("column_descent") else 0)
     assert row["registers"] <= registers
     assert row["shared"] <= shared
     assert row["wide_loads"] >= wide_loads

@@ -10,6 +10,7 @@ import torch
 from conftest import GPU, runs_here
 from problems import COLUMN_TOLERANCE, PASS_TOLERANCE, TOLERANCE, assert_near, assert_same_sums
 from test_operations import coefficient_problem, column_problem, in_layout, pass_options, pass_problem
+from torch import Tensor
 
 import snmf_kernels
 from snmf_kernels import SparseColumns, _backends, ops, reference
@@ -17,7 +18,7 @@ from snmf_kernels._precision import product_precision
 
 pytest.importorskip("triton")
 from snmf_kernels import _triton  # once it is known to be there
-from snmf_kernels._triton import configs, products, schedule, tile_pass
+from snmf_kernels._triton import configs, products, schedule, selection, tile_pass
 
 DEVICE = "cuda" if GPU else "cpu"
 
@@ -155,6 +156,72 @@ def test_a_column_that_was_filled_up_lists_a_row_twice():
     wanted = reference.column_descent(Z, AYt, YYt + torch.eye(3, dtype=torch.float64, device=DEVICE), 1)
     assert torch.equal(got.indices, wanted.indices)
     assert_near(got.values, wanted.values, COLUMN_TOLERANCE[torch.float64])
+
+
+def without_registers(monkeypatch):
+    """Columns are searched 32 rows at a time, as those that registers do not hold."""
+    for table in (selection.SELECT, selection.COLUMNS):
+        for dtype, config in table.items():
+            monkeypatch.setitem(table, dtype, dataclasses.replace(config, whole=0, block=32))
+
+
+def magnitudes(kind, dtype):
+    """Columns ``[77, 3]`` whose keys are not all different, or are such as numbers do not have."""
+    Z = torch.randn(77, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+    if kind == "equal":
+        return Z.round()
+    if kind == "zero":
+        return Z * (Z.abs() > 1.2)
+    if kind == "nan":
+        Z[::3] = torch.nan
+    if kind == "nan of all bits":
+        bits = torch.int32 if dtype == torch.float32 else torch.int64
+        Z.view(bits)[::3] = torch.iinfo(bits).max
+    return Z
+
+
+@here
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["different", "equal", "zero", "nan", "nan of all bits"])
+def test_a_column_that_registers_do_not_hold(monkeypatch, kind, dtype):
+    Z = magnitudes(kind, dtype).to(DEVICE)
+    # Up to the last tie, in it, and all.
+    counts = (1, 9, 20, 27, 77)
+    held = [_triton.winner_take_all(Z, count) for count in counts]
+    for count, kept in zip(counts, held, strict=True):
+        keys = Z.abs().view(torch.int32 if dtype == torch.float32 else torch.int64)
+        order = keys.argsort(dim=0, descending=True, stable=True)[:count].sort(dim=0).values.T
+        assert torch.equal(kept.indices, order)
+    without_registers(monkeypatch)
+    for count, kept in zip(counts, held, strict=True):
+        got = _triton.winner_take_all(Z, count)
+        assert torch.equal(got.indices, kept.indices)
+        assert torch.equal(got.values.isnan(), kept.values.isnan())
+        assert torch.equal(got.values.nan_to_num(), kept.values.nan_to_num())
+
+
+@here
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_column_descent_of_columns_that_registers_do_not_hold(monkeypatch, dtype):
+    Z, AYt, YYt, _, _ = column_problem(140, 20, 6, dtype, DEVICE)
+    wanted = _triton.column_descent(Z, AYt, YYt, 3)
+    without_registers(monkeypatch)
+    got = _triton.column_descent(Z, AYt, YYt, 3)
+    assert torch.equal(got.indices, wanted.indices)
+    assert torch.equal(got.values, wanted.values)
+
+
+@here
+@pytest.mark.parametrize("factor", [0.0, 1e-30, 0.97, 1.03, 1e30, torch.nan])
+def test_where_a_search_begins_does_not_matter(monkeypatch, factor):
+    """``column_descent`` begins with what was kept of the column before; here it is far off, or just beside."""
+    Z, AYt, YYt, _, _ = column_problem(140, 5, 6, torch.float32, DEVICE)
+    wanted = _triton.column_descent(Z, AYt, YYt)
+    off = SparseColumns(Z.indices, Z.values.clone(), Z.d)
+    monkeypatch.setattr(Tensor, "amin", lambda values, dim: factor * torch.amin(values, dim))
+    got = _triton.column_descent(off, AYt, YYt)
+    assert torch.equal(got.indices, wanted.indices)
+    assert torch.equal(got.values, wanted.values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import DESCENT, UPDATE
-from .launch import device_of
+from .launch import OPTIONS, device_of
 
 
 @triton.jit
@@ -155,7 +155,7 @@ def multiplicative_update(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, eps: float = 1e-6
             multiplicative_update_kernel[grid](
                 source, ZtA, ZtZ, spare, k, n, n, n, n, EPS=eps,
                 BLOCK_K=config.block_k, BLOCK_J=config.block_j, BLOCK_N=config.block_n, PRECISION=config.precision,
-                num_warps=config.num_warps, num_stages=config.num_stages,
+                num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
             )  # fmt: skip
             # The caller's Y is only read: the second sweep needs a buffer of its own, later ones swap.
             source, spare = spare, torch.empty_like(Y) if sweep == 0 and sweeps > 1 else source
@@ -171,6 +171,6 @@ def coordinate_descent(Y: Tensor, ZtA: Tensor, ZtZ: Tensor, sweeps: int = 1) -> 
             coordinate_descent_kernel[(triton.cdiv(n, config.block_n),)](
                 out, ZtA, ZtZ, k, n, n, n, sweeps,
                 BLOCK_K=config.block_k, BLOCK_J=config.block_j, BLOCK_N=config.block_n, PRECISION=config.precision,
-                num_warps=config.num_warps, num_stages=config.num_stages,
+                num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
             )  # fmt: skip
     return out

@@ -33,13 +33,20 @@ class BlockConfig:
 
 
 @dataclass(frozen=True)
-class ColumnConfig:
-    """``column_descent``: rows of a column, kept entries, and features of the residual at a time."""
+class SelectConfig:
+    """A search in a column: the longest one that registers hold as a whole, and rows at a time of all else."""
 
-    block_d: int
+    whole: int
+    block: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class ColumnConfig(SelectConfig):
+    """``column_descent``: also changed rows, and features of their residual, at a time."""
+
     block_c: int
     block_k: int
-    num_warps: int
 
 
 @dataclass(frozen=True)
@@ -98,11 +105,18 @@ DESCENT: dict[torch.dtype, SweepConfig] = {
     torch.float32: SweepConfig(16, 32, 32, 1, 1, "ieee"),
     torch.float64: SweepConfig(16, 16, 32, 1, 1, "ieee"),
 }
-# Four blocks to a column of 14,336, with 16 values of each to a thread; with more of them registers spill.
-SELECT = BlockConfig(4096, 8)
-# A program has its multiprocessor to itself (there is one to a fit), so as many warps as registers allow; an
-# update of the residual touches whole rows of it, 64 features in one load of a half warp.
-COLUMNS = ColumnConfig(2048, 32, 64, 8)
+# A column of 14,336 is read once and searched in registers, 32 keys of a float32 to a thread; of more keys, or of
+# larger blocks afterwards, some would spill.
+SELECT: dict[torch.dtype, SelectConfig] = {
+    torch.float32: SelectConfig(16384, 2048, 16),
+    torch.float64: SelectConfig(8192, 2048, 16),
+}
+# A program has its multiprocessor to itself (there is one to a fit), so as many warps as registers allow, and many
+# loads of the residual under way, whose latency is what an update takes.
+COLUMNS: dict[torch.dtype, ColumnConfig] = {
+    torch.float32: ColumnConfig(16384, 2048, 16, 128, 64),
+    torch.float64: ColumnConfig(8192, 2048, 16, 64, 64),
+}
 # 16 KB of float32 to a program: enough to hide one load's latency.
 COPY = BlockConfig(4096, 4)
 # By the working dtype. As many gathered values in flight as registers allow, rows of at least 128 bytes each.

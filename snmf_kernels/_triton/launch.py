@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .configs import COPY
 
+# Of every launch. A multiply-add rounds once; Triton 3.10 no longer makes them unless asked to.
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -43,5 +45,5 @@ def copy_if(flag: Tensor, source: Tensor, target: Tensor) -> None:
     with device_of(target):
         copy_if_kernel[(rows * triton.cdiv(columns, COPY.block),)](
             flag, source, target, columns, *source.stride(), *target.stride(),
-            BLOCK=COPY.block, num_warps=COPY.num_warps,
+            BLOCK=COPY.block, num_warps=COPY.num_warps, **OPTIONS,
         )  # fmt: skip

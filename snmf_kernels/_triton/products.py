@@ -12,7 +12,7 @@ from torch import Tensor
 from .._precision import tf32_allowed
 from ..sparse import SparseColumns
 from .configs import DENSE_FROM, GATHER, PRODUCT, PROGRAMS, DenseConfig
-from .launch import INTERPRETING, device_of
+from .launch import INTERPRETING, OPTIONS, device_of
 from .schedule import split
 
 # What the parts of a float32 are multiplied as: numpy, which interprets, has no bfloat16.
@@ -197,7 +197,7 @@ def launch_gather(Z: SparseColumns, A: Tensor, out: Tensor) -> None:
     config, n = GATHER[out.dtype], A.shape[1]
     gather_product_kernel[(Z.k * triton.cdiv(n, config.block_n),)](
         Z.indices, Z.values, A, out, Z.k, Z.indices.shape[1], n, *A.stride(), out.stride(0),
-        BLOCK_C=config.block_c, BLOCK_N=config.block_n, num_warps=config.num_warps,
+        BLOCK_C=config.block_c, BLOCK_N=config.block_n, num_warps=config.num_warps, **OPTIONS,
     )  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def launch_dense(dense: Tensor, A: Tensor, out: Tensor, chunk: int) -> None:
     dense_product_kernel[(triton.cdiv(k, config.block_k) * triton.cdiv(n, config.block_n), out.shape[0])](
         dense, A, out, d, k, n, *A.stride(), chunk, out.stride(1),
         BLOCK_K=config.block_k, BLOCK_D=config.block_d, BLOCK_N=config.block_n, **dot_of(config),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..sparse import PassResult, SparseColumns
 from .coefficients import descend, updated_tile
 from .configs import ACCUMULATE, GATHER, PASS, PRODUCT, PROGRAMS, RESIDUAL
-from .launch import device_of
+from .launch import OPTIONS, device_of
 from .products import (
     accumulate_kept_kernel,
     accumulate_kernel,
@@ -290,7 +290,7 @@ class _Steps:
                     MULTIPLICATIVE=multiplicative, EPS=eps, SCALED="scale" in self.given,
                     SHIFTED="shift" in self.given, MEASURE=measure, **common,
                     BLOCK_K=config.block_k, BLOCK_J=config.block_j, BLOCK_N=config.block_n,
-                    PRECISION=config.precision, num_warps=config.num_warps, num_stages=config.num_stages,
+                    PRECISION=config.precision, num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
                 )  # fmt: skip
                 programs += grid
             elif launch.kernel == "residual":
@@ -299,7 +299,7 @@ class _Steps:
                     self.dense_out, new, a, weight, self.residual_sums[:, residual_programs:], self.Z.d, k, n,
                     new.stride(0), *a.stride(), self.residual_sums.stride(0), **common,
                     BLOCK_K=residual.block_k, BLOCK_D=residual.block_d, BLOCK_N=residual.block_n,
-                    num_warps=residual.num_warps, num_stages=residual.num_stages,
+                    num_warps=residual.num_warps, num_stages=residual.num_stages, **OPTIONS,
                 )  # fmt: skip
                 residual_programs += grid
             elif launch.kernel == "accumulate":
@@ -307,13 +307,13 @@ class _Steps:
                 accumulate_kernel[(triton.cdiv(k, dense.block_k) * triton.cdiv(self.Z.d, dense.block_d),)](
                     new, a, weight, self.AYt, self.Z.d, k, n, new.stride(0), *a.stride(), **common,
                     BLOCK_K=dense.block_k, BLOCK_D=dense.block_d, BLOCK_N=dense.block_n, **dot_of(dense),
-                    num_warps=dense.num_warps, num_stages=dense.num_stages,
+                    num_warps=dense.num_warps, num_stages=dense.num_stages, **OPTIONS,
                 )  # fmt: skip
             else:
                 kept, count = GATHER[self.Y.dtype], self.Z.indices.shape[1]
                 accumulate_kept_kernel[(k * triton.cdiv(count, kept.block_c),)](
                     self.Z.indices, new, a, weight, self.AYt, k, count, n, new.stride(0), *a.stride(), **common,
-                    BLOCK_C=kept.block_c, BLOCK_N=kept.block_n, num_warps=kept.num_warps,
+                    BLOCK_C=kept.block_c, BLOCK_N=kept.block_n, num_warps=kept.num_warps, **OPTIONS,
                 )  # fmt: skip
 
     def result(self, sweeps: int, products: str | None) -> PassResult:
