@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._data import precise_dtype
+from ._data import precise_dtype, rounding
 from .sparse import Supports
 
 # So often all infeasible coefficients are exchanged although their number has not fallen; after that the last one only,
@@ -21,13 +21,14 @@ from .sparse import Supports
 _PATIENCE = 3
 # Rounds after which a token is given up. Nearly all take fewer than ten.
 _ROUNDS = 50
-# A Gram matrix of unit features with a pivot below so many rounding errors is taken to be singular. The first of these
-# ridges that mends that moves coefficients by as much as it is, in the units of the KKT residual: below any tolerance
-# where features are alike, then below the usual one where the products were rounded to float32.
-_SINGULAR = 1e5
-_RIDGES = (0.0, 1e-9, 1e-6)
-# Below this share of a token's largest coefficient (gradient), a wrong sign is rounding.
-_ROUNDING = 1e-10
+# A Gram matrix of unit features with a pivot below so many rounding errors is taken to be singular. Then it gets a
+# ridge, at least this one, and no less than what it was rounded by, since features that are alike would take what
+# rounding has left between them to any size. Coefficients are off their optimum by as much, in the units of the KKT
+# residual.
+_SINGULAR, _RIDGE = 1e5, 1e-9
+# Below this share of a token's largest coefficient (gradient), a wrong sign is rounding; or so many rounding errors
+# over the least pivot, by which they grow.
+_ROUNDING, _GROWN = 1e-10, 10
 # Multiply-adds of sweeps of coordinate descent in the time that one of a small float64 factorisation takes, and the
 # rounds a token takes, on two CPUs (benchmarks/scaling, ``encode``).
 _DEARER, _USUAL_ROUNDS = 7, 4
@@ -62,12 +63,14 @@ class Pivoting:
         living = G[self._living[:, None], self._living].to(dtype)
         living /= self._scale[:, None] * self._scale
         least, self.possible = _SINGULAR * torch.finfo(dtype).eps, False
-        for ridge in _RIDGES if len(living) else ():
+        for ridge in (0.0, max(_RIDGE, rounding(G.dtype))) if len(living) else ():
             self._G = living + ridge * torch.eye(len(living), dtype=dtype, device=G.device)
             factor, info = torch.linalg.cholesky_ex(self._G)
-            if bool(((info == 0) & (torch.diagonal(factor).square() > least)).all()):
+            pivot = float(torch.diagonal(factor).square().min()) if int(info) == 0 else 0.0
+            if pivot > least:
                 self.possible = True
                 self._inverse = torch.cholesky_inverse(factor)
+                self._sign_limit = max(_ROUNDING, _GROWN * torch.finfo(dtype).eps / pivot)
                 break
 
     def solve(self, P: Tensor) -> Tensor:
@@ -80,7 +83,7 @@ class Pivoting:
         result = torch.zeros_like(p)
         unbounded = p @ self._inverse
         zero = unbounded < 0
-        limits = -_ROUNDING * torch.stack([unbounded.abs().amax(1), p.abs().amax(1)])[:, :, None]
+        limits = -self._sign_limit * torch.stack([unbounded.abs().amax(1), p.abs().amax(1)])[:, :, None]
         left = torch.arange(len(p), device=p.device)
         fewest = torch.full_like(left, p.shape[1] + 1)
         patience = torch.full_like(left, _PATIENCE)
