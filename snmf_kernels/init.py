@@ -16,10 +16,10 @@ from ._data import DataMatrix
 KMEANS_ITERATIONS = 5
 _LEAST_SAMPLE, _SAMPLE_PER_CLUSTER = 2000, 10  # tokens that k-means looks at
 _LEAST_CANDIDATES, _CANDIDATES_PER_CLUSTER = 500, 2  # and those of them that may be its seeds
-# Elements of the sampled tokens that are held at a time: a CPU's stay in cache; on a GPU each part costs launches, and
-# 8 MB are little beside the A of a model.
+# Elements of the sampled tokens that are held at a time: a CPU's stay in cache; on a GPU each part costs some twenty
+# launches, and two copies of 16 MB are no more than the iterations hold of matrices [k, d] later (d = 14,336, k = 100).
 _PART_ELEMENTS = {"cpu": 1 << 18}
-_GPU_PART_ELEMENTS = 1 << 21
+_GPU_PART_ELEMENTS = 1 << 22
 FLOOR = 1e-6  # the paper's: multiplicative updates cannot leave an exact zero
 # Drawn on the CPU in float32, so that a seed means the same start on every device, in every dtype, and whatever
 # torch's own defaults are.
