@@ -32,6 +32,8 @@ _ROUNDING, _GROWN = 1e-10, 10
 # Multiply-adds of sweeps of coordinate descent in the time that one of a small float64 factorisation takes, and the
 # rounds a token takes, on two CPUs (benchmarks/scaling, ``encode``).
 _DEARER, _USUAL_ROUNDS = 7, 4
+# Tokens that are swept in the time of one.
+_SIDE_BY_SIDE = 16
 
 
 def price_in_sweeps(ZtZ: Tensor, Y: Tensor, tokens: int) -> float:
@@ -39,7 +41,8 @@ def price_in_sweeps(ZtZ: Tensor, Y: Tensor, tokens: int) -> float:
     k = len(ZtZ)
     zeros = (Y <= 0).sum(0)
     size = torch.minimum(zeros, k - zeros).to(precise_dtype(Y.device))
-    by_token = _USUAL_ROUNDS * (_DEARER * float((size**3).mean()) / 3 + 2 * k * k) + _DEARER * k**3 / tokens
+    shared = _DEARER * k**3 / max(tokens, _SIDE_BY_SIDE)
+    by_token = _USUAL_ROUNDS * (_DEARER * float((size**3).mean()) / 3 + 2 * k * k) + shared
     return by_token / max(int((ZtZ != 0).sum()), 1)
 
 

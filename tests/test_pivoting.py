@@ -136,6 +136,7 @@ def test_the_price_grows_with_what_pivoting_does():
     assert many < price_in_sweeps(G, half, 10_000)
     assert many == price_in_sweeps(G, 1 - few, 10_000), "of few non-zeros as of few zeros"
     assert many < price_in_sweeps(G, few, 10), "the inverse is shared by fewer"
+    assert price_in_sweeps(G, few, 1) == price_in_sweeps(G, few, 16), "which are swept side by side"
     assert many < price_in_sweeps(torch.eye(40).double(), few, 10_000), "sweeps over a sparse ZtZ are cheap"
 
 
