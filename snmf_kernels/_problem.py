@@ -88,10 +88,12 @@ class Problem:
         Near an optimum for Y the terms that hold it are at most ``3 ‖A‖²`` together, but for features that cancel each
         other. What larger ones leave of each other may be rounding alone; the loss is said to be no less than that.
         """
-        l2_term = self.l2 * dot(torch.diagonal(ZtZ), torch.diagonal(YYt))
+        precise = precise_dtype(ZtZ.device)
+        products = ZtZ.to(precise) * YYt.to(precise)
+        l2_term = self.l2 * torch.diagonal(products).sum()
         whole, crossed = self.data.squared_norm(), 2 * result.dot
-        loss = whole + dot(ZtZ, YYt) + l2_term - crossed
-        terms = dot(ZtZ.abs(), YYt) + l2_term + crossed.abs()
+        loss = whole + products.sum() + l2_term - crossed
+        terms = products.abs().sum() + l2_term + crossed.abs()
         return torch.maximum(loss, rounding(self.data.dtype) * (terms - 3 * whole).clamp(min=0))
 
     def solve_coefficients(
@@ -173,9 +175,3 @@ def kkt_residual(measured: PassResult) -> float:
     violation = math.sqrt(float(measured.violation))
     # Written so that NaN is passed on.
     return 0.0 if violation == 0 else violation / max(math.sqrt(float(measured.squared_norm)), 1e-300)
-
-
-def dot(left: Tensor, right: Tensor) -> Tensor:
-    """Sum of products in float64 (float32 where the device has no more), a tensor without dimensions."""
-    precise = precise_dtype(left.device)
-    return (left.to(precise) * right.to(precise)).sum()
