@@ -113,33 +113,32 @@ def update_cases() -> Iterator[Case]:
 
 
 def select_cases() -> Iterator[Case]:
-    """Of a column that is searched in registers, the longest, and of a longer one."""
-    for (dtype, bits), whole in itertools.product(((torch.float32, 31), (torch.float64, 63)), (True, False)):
-        element, long = ELEMENT[dtype], "" if whole else "-long"
-
-        def searched(config: configs.SelectConfig, bits: int = bits, whole: bool = whole) -> dict[str, Any]:
-            size = config.whole if whole else config.block
-            return {"BITS": bits, "WHOLE": whole, "SIZE": size, "BLOCK": config.block}
-
-        select, columns = configs.SELECT[dtype], configs.COLUMNS[dtype]
+    """Of the longest column that is searched in registers, and of a longer one."""
+    for dtype, (suffix, times) in itertools.product((torch.float32, torch.float64), (("", 1), ("-long", 2))):
+        element, select, columns = ELEMENT[dtype], configs.SELECT[dtype], configs.COLUMNS[dtype]
         yield Case(
-            f"winner_take_all-{element}{long}",
+            f"winner_take_all-{element}{suffix}",
             selection.winner_take_all_kernel,
             pointers(element, "z", "value") | pointers("i64", "index"),
             # A stride of 1 is specialised as a constant in a launch.
-            {"row_stride": 1, **searched(select)},
+            {"row_stride": 1, **selection.search_of(select, times * select.whole, dtype)},
             ("count",),
             options(select),
         )
         yield Case(
-            f"column_descent-{element}{long}",
+            f"column_descent-{element}{suffix}",
             selection.column_descent_kernel,
             pointers(element, "value", "dense", "q", "residual", "hint", "column", "change")
             | pointers("i64", "index")
             | pointers("i32", "row"),
-            {**searched(columns), "GROUP": 16, "BLOCK_C": columns.block_c, "BLOCK_K": columns.block_k},
+            {
+                **selection.search_of(columns, times * columns.whole, dtype),
+                "GROUP": selection.GROUP,
+                "BLOCK_C": columns.block_c,
+                "BLOCK_K": columns.block_k,
+            },
             ("k", "count", "sweeps"),
-            options(columns) | {"num_stages": 1},
+            options(columns),
         )
 
 

@@ -43,10 +43,11 @@ class SelectConfig:
 
 @dataclass(frozen=True)
 class ColumnConfig(SelectConfig):
-    """``column_descent``: also changed rows, and features of their residual, at a time."""
+    """``column_descent``: also changed rows, and features of their residual, at a time. Loads stay behind barriers."""
 
     block_c: int
     block_k: int
+    num_stages: int = 1
 
 
 @dataclass(frozen=True)

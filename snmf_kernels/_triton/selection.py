@@ -13,7 +13,7 @@ from .configs import COLUMNS, SELECT, SelectConfig
 from .launch import OPTIONS, device_of
 
 # Features whose residuals of one neuron lie together in memory: 64 bytes of float32.
-_GROUP = 16
+GROUP = 16
 
 
 @triton.jit
@@ -200,11 +200,16 @@ def column_descent_kernel(  # type: ignore[no-untyped-def]  # likewise
                 tl.debug_barrier()
 
 
-def _read_at_once(config: SelectConfig, d: int) -> dict[str, int | bool]:
-    """How a column is searched: in registers as a whole if it fits the configuration, else block by block."""
+def search_of(config: SelectConfig, d: int, dtype: torch.dtype) -> dict[str, int | bool]:
+    """How columns of d are searched: in registers as a whole if they fit the configuration, else block by block."""
     size = triton.next_power_of_2(d)
     whole = size <= config.whole
-    return {"WHOLE": whole, "SIZE": size if whole else config.block, "BLOCK": min(config.block, size)}
+    return {
+        "BITS": 63 if dtype == torch.float64 else 31,
+        "WHOLE": whole,
+        "SIZE": size if whole else config.block,
+        "BLOCK": min(config.block, size),
+    }
 
 
 def winner_take_all(Z: Tensor, count: int) -> SparseColumns:
@@ -216,8 +221,7 @@ def winner_take_all(Z: Tensor, count: int) -> SparseColumns:
         with device_of(Z):
             winner_take_all_kernel[(k,)](
                 Z, indices, values, d, count, Z.stride(0), Z.stride(1),
-                BITS=63 if Z.dtype == torch.float64 else 31, **_read_at_once(config, d),
-                num_warps=config.num_warps, **OPTIONS,
+                **search_of(config, d, Z.dtype), num_warps=config.num_warps, **OPTIONS,
             )  # fmt: skip
     return SparseColumns(indices, values, d)
 
@@ -230,26 +234,25 @@ def column_descent(Z: SparseColumns, AYt: Tensor, YYt: Tensor, sweeps: int = 1) 
     if k and count:
         config = COLUMNS[values.dtype]
         dense = Z.to_dense().T
-        diagonal = torch.diagonal(YYt)
-        hint = diagonal * values.abs().amin(1)
+        hint = torch.diagonal(YYt) * values.abs().amin(1)
         column, change = values.new_empty(d), values.new_empty(2 * count)
         rows = torch.empty(2 * count, dtype=torch.int32, device=values.device)
         with device_of(values):
             column_descent_kernel[(1,)](
                 indices, values, dense, YYt, _grouped_residual(dense, AYt, YYt), hint, column, rows, change,
-                d, k, count, sweeps,
-                BITS=63 if values.dtype == torch.float64 else 31, GROUP=_GROUP, **_read_at_once(config, d),
-                BLOCK_C=config.block_c, BLOCK_K=config.block_k, num_warps=config.num_warps, num_stages=1, **OPTIONS,
+                d, k, count, sweeps, GROUP=GROUP, **search_of(config, d, values.dtype),
+                BLOCK_C=config.block_c, BLOCK_K=config.block_k,
+                num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
             )  # fmt: skip
     return SparseColumns(indices, values, d)
 
 
 def _grouped_residual(dense: Tensor, AYt: Tensor, YYt: Tensor) -> Tensor:
-    """``AYt − Y Yᵀ Z`` without a feature's own part, as ``[groups, d, _GROUP]``, for Z as ``dense [k, d]``."""
+    """``AYt − Y Yᵀ Z`` without a feature's own part, as ``[groups, d, GROUP]``, for Z as ``dense [k, d]``."""
     k, d = AYt.shape
     # What columns are chosen by is float32, whatever is allowed for products with A.
     with product_precision(AYt.device):
         residual = torch.addmm(AYt, YYt - torch.diag(torch.diagonal(YYt)), dense, alpha=-1)
-    groups = triton.cdiv(k, _GROUP)
-    padded = torch.nn.functional.pad(residual, (0, 0, 0, groups * _GROUP - k))
-    return padded.view(groups, _GROUP, d).transpose(1, 2).contiguous()
+    groups = triton.cdiv(k, GROUP)
+    padded = torch.nn.functional.pad(residual, (0, 0, 0, groups * GROUP - k))
+    return padded.view(groups, GROUP, d).transpose(1, 2).contiguous()
