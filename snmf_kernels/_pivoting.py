@@ -22,8 +22,8 @@ _PATIENCE = 3
 # Rounds after which a token is given up. Nearly all take fewer than ten.
 _ROUNDS = 50
 # A Gram matrix of unit features with a pivot below so many rounding errors is taken to be singular. Then it gets a
-# ridge, at least this one, and no less than what it was rounded by, since features that are alike would take what
-# rounding has left between them to any size. Coefficients are off their optimum by as much, in the units of the KKT
+# ridge, at least this one, and no less than what it was rounded by, which may have made it indefinite, and which
+# coefficients that cancel each other would grow by. They are off their optimum by as much, in the units of the KKT
 # residual.
 _SINGULAR, _RIDGE = 1e5, 1e-9
 # Below this share of a token's largest coefficient (gradient), a wrong sign is rounding; or so many rounding errors
