@@ -259,10 +259,10 @@ def columns():
             Y = torch.rand(k, 2000, device=DEVICE)
             AYt = torch.randn(k, d, device=DEVICE)
             Z = reference.winner_take_all(torch.randn(k, d, device=DEVICE).T, count)
-            wanted = reference.column_descent(Z, AYt, Y @ Y.T)
+            problem = Z, AYt, Y @ Y.T
+            wanted = reference.column_descent(*problem)
             for launch in shapes(launches, launches[:2]):
                 selection.COLUMNS[torch.float32] = launch
-                problem = Z, AYt, Y @ Y.T
                 facts = {
                     "name": f"columns d={d} k={k} {launch}",
                     **timed("one", _triton.column_descent, *problem, repeat=5),
