@@ -1,10 +1,14 @@
-"""GPU figures: each stage appends to one JSON file as it ends, and a short table is printed last.
+"""GPU figures: each stage appends to one JSON file as it goes, and a short table is printed last.
 
-    python benchmarks/gpu_report.py --out DIR [--stages floors,update,products,pass,...] [--smoke]
+    python benchmarks/gpu_report.py --out DIR [--stages fit,many,pass,...] [--seconds 400] [--smoke]
 
-Times are medians of device events after a warm-up, with the spread (10th and 90th percentile). ``--smoke`` runs every
-stage on tiny shapes, on the CPU (Triton interpreted) where there is no GPU: it shows that the script works,
-its times mean nothing.
+Times are medians of device events after a warm-up, with the spread (10th and 90th percentile). What a pass over A and
+an iteration of a fit take is compared with two floors that no version goes below: the bytes of A and Y once by the
+bandwidth, and the multiplications by the rates, that this device has been measured to have. Of the time each stage
+has a share, by its weight, of what is left; one that has used it up ends after its row, and says so.
+
+``--smoke`` runs every stage on tiny shapes, on the CPU (Triton interpreted) where there is no GPU: it shows that the
+script works, its times mean nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import platform
@@ -21,85 +26,75 @@ import time
 import traceback
 from pathlib import Path
 
+import gpu_measure
 import torch
 import triton
+from gpu_measure import (
+    DEVICE,
+    columns_problem,
+    error_of,
+    pass_problem,
+    shapes,
+    synchronize,
+    timed,
+    update_problem,
+    write,
+)
 from published import PublishedLoop, synthetic_activations
 from safetensors.torch import load_file
 
 import snmf_kernels
 from snmf_kernels import SparseColumns, _backends, _triton, reference
-from snmf_kernels._triton import coefficients, configs, products, selection, tile_pass
-
-SMOKE = False
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from snmf_kernels._triton import configs, products, tile_pass
 
 
-def synchronize():
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+@functools.cache
+def bandwidth():
+    """Bytes a millisecond that this device reads and writes."""
+    source = torch.randn(shapes(1 << 29, 1 << 10), device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / timed("copy", target.copy_, source)["copy_ms"]
 
 
-def milliseconds(function, *arguments, repeat=20, warmup=3):
-    """(median, 10th, 90th percentile) of device time per call."""
-    if SMOKE:
-        repeat, warmup = 1, 0
-    for _ in range(warmup):
-        function(*arguments)
-    times = []
-    for _ in range(repeat):
-        if DEVICE == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            function(*arguments)
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            begun = time.perf_counter()
-            function(*arguments)
-            times.append(1e3 * (time.perf_counter() - begun))
-    times.sort()
-    return statistics.median(times), times[len(times) // 10], times[-1 - len(times) // 10]
-
-
-def timed(prefix, function, *arguments, repeat=20):
-    median, low, high = milliseconds(function, *arguments, repeat=repeat)
-    return {f"{prefix}_ms": median, f"{prefix}_p10": low, f"{prefix}_p90": high}
-
-
-def shapes(real, smoke):
-    return smoke if SMOKE else real
-
-
-def error_of(got, wanted):
-    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+@functools.cache
+def rate(dtype, tf32=False):
+    """Operations a millisecond of a large matrix product."""
+    size = shapes(8192, 64)
+    left, right = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        return 2 * size**3 / timed("product", torch.mm, left, right)["product_ms"]
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def floors():
     """Measured bandwidth and matrix rates of this device."""
-    source = torch.randn(shapes(1 << 29, 1 << 10), device=DEVICE)
-    target = torch.empty_like(source)
-    copy = {"name": "copy", "bytes": source.nbytes, **timed("copy", target.copy_, source)}
-    yield {**copy, "TB_per_s": 2 * source.nbytes / copy["copy_ms"] / 1e9}
-    del source, target
-    size = shapes(8192, 64)
+    yield {"name": "copy", "TB_per_s": bandwidth() / 1e9}
     for dtype, tf32 in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        left, right = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
-        product = {
-            "name": f"matmul {size} {dtype}{' tf32' if tf32 else ''}",
-            **timed("product", torch.mm, left, right),
-        }
-        yield {**product, "TFLOP_per_s": 2 * size**3 / product["product_ms"] / 1e9}
-    torch.backends.cuda.matmul.allow_tf32 = False
+        name = f"matmul {str(dtype)[6:]}{' tf32' if tf32 else ''}"
+        yield {"name": name, "TFLOP_per_s": rate(dtype, tf32) / 1e9}
 
 
-def update_problem(k, n):
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    Z = torch.randn(2000, k, device=DEVICE, generator=generator)
-    Z *= torch.rand(2000, k, device=DEVICE, generator=generator) < 0.05
-    Y = torch.rand(k, n, device=DEVICE, generator=generator)
-    return Y, torch.randn(k, n, device=DEVICE, generator=generator), Z.T @ Z
+def floor_of(A, k, *, sweeps, products, kept=None):
+    """Milliseconds below which nothing that multiplies A by Z and by Y, with sweeps over Y between, can be.
+
+    A multiplication with a bfloat16 A counts once at the rate of bfloat16, however many parts its other operand has.
+
+    Args:
+        products: how many products with A there are, of all its rows, or of ``kept`` rows for each feature.
+    """
+    d, n = A.shape
+    moved = A.nbytes + 2 * 4 * k * n
+    of_float32 = 2 * k * k * n * sweeps
+    dense = 0
+    if kept is None:
+        dense = 2 * d * n * k * products
+    else:
+        of_float32 += 2 * kept * n * k * products
+    arithmetic = dense / rate(A.dtype if A.dtype == torch.bfloat16 else torch.float32)
+    return max(moved / bandwidth(), arithmetic + of_float32 / rate(torch.float32))
 
 
 def update():
@@ -119,52 +114,29 @@ def update():
 
 
 def descent():
-    """Coordinate descent over Y, by tokens of a program and by sweeps, against torch's multiplicative update."""
-    committed = dict(configs.DESCENT)
-    tiles = [committed[torch.float32]] + [
-        configs.SweepConfig(block_k, 32, block_n, warps, 1, "ieee")
-        for block_k, block_n, warps in ((16, 16, 1), (16, 64, 2), (32, 32, 2), (32, 16, 1))
-    ]
-    sizes = shapes(list(itertools.product((50, 100, 200, 400), (7500, 100_000))), [(5, 70)])
-    try:
-        for k, n in sizes:
-            problem = update_problem(k, n)
-            wanted = reference.coordinate_descent(*(tensor.double() for tensor in problem))
-            plain = timed("torch_multiplicative", reference.multiplicative_update, *problem)
-            for tile in shapes(tiles, tiles[:1]):
-                configs.DESCENT[torch.float32] = tile
-                yield {
-                    "name": f"descent k={k} n={n} block_k={tile.block_k} block_n={tile.block_n} w={tile.num_warps}",
-                    **plain,
-                    **timed("triton", _triton.coordinate_descent, *problem),
-                    **timed("triton_5_sweeps", _triton.coordinate_descent, *problem, 5),
-                    "error": error_of(_triton.coordinate_descent(*problem), wanted),
-                }
-    finally:
-        configs.DESCENT.update(committed)
-
-
-def pass_matrices(d, n, k, dtype, token_major, keep=0.01):
-    """(Y, Z, A, ZtZ) of the size of a layer."""
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    A = synthetic_activations(d, n, device=DEVICE, dtype=dtype)
-    A = A.T.contiguous().T if token_major else A.contiguous()
-    Z = reference.winner_take_all(
-        torch.randn(k, d, device=DEVICE, generator=generator).T, max(1, round(keep * d))
-    )
-    dense = Z.to_dense()
-    return torch.rand(k, n, device=DEVICE, generator=generator), Z, A, dense.T @ dense
+    """Coordinate descent over Y against torch's multiplicative update, which is as many products."""
+    for k, n in shapes(list(itertools.product((50, 100, 200, 400), (7500, 100_000))), [(5, 70)]):
+        problem = update_problem(k, n)
+        wanted = reference.coordinate_descent(*(tensor.double() for tensor in problem))
+        facts = {
+            "name": f"descent k={k} n={n}",
+            **timed("torch_multiplicative", reference.multiplicative_update, *problem),
+            **timed("triton", _triton.coordinate_descent, *problem),
+            **timed("triton_5_sweeps", _triton.coordinate_descent, *problem, 5),
+            "error": error_of(_triton.coordinate_descent(*problem), wanted),
+        }
+        yield {**facts, "speedup": facts["torch_multiplicative_ms"] / facts["triton_ms"]}
 
 
 def sparse_products():
     """ZᵀA gathered and dense, against torch's dense product (a bfloat16 A: of a bfloat16 Z, which rounds)."""
     sizes = shapes([(14336, 7500, 100), (14336, 7500, 400), (14336, 50_000, 100)], [(64, 70, 3)])
-    committed = dict(configs.DENSE_FROM)
+    committed = dict(products.DENSE_FROM)
     try:
         for (d, n, k), dtype, token_major in itertools.product(
             sizes, (torch.bfloat16, torch.float16, torch.float32), (False, True)
         ):
-            _, Z, A, _ = pass_matrices(d, n, k, dtype, token_major)
+            _, Z, A, _ = pass_problem(d, n, k, dtype, token_major)
             dense = Z.to_dense().T.to(dtype)
             facts = {
                 "name": f"products d={d} n={n} k={k} {str(dtype)[6:]} {'token' if token_major else 'neuron'}-major",
@@ -186,16 +158,14 @@ def sparse_products():
 
 
 def tile_passes():
-    """The pass over A by bytes of a tile (the last: all tokens at once), against one composed of torch's operations."""
+    """The pass over A against its floor, and against one composed of torch's operations."""
     sizes = shapes([(14336, 7500, 100), (14336, 100_000, 100), (14336, 100_000, 200)], [(40, 100, 3)])
-    tile_sizes = shapes([8 << 20, 16 << 20, 24 << 20, 64 << 20, 1 << 40], [1, 1 << 40])
-    committed = configs.PASS
     for (d, n, k), dtype, token_major in itertools.product(
-        sizes, shapes((torch.bfloat16, torch.float32), (torch.bfloat16,)), (False, True)
+        sizes, shapes((torch.bfloat16, torch.float32), (torch.bfloat16,)), (True, False)
     ):
-        Y, Z, A, ZtZ = pass_matrices(d, n, k, dtype, token_major)
+        Y, Z, A, ZtZ = pass_problem(d, n, k, dtype, token_major)
         out = torch.empty_like(Y)
-        for wanted, sweeps in itertools.product(("kept", "all"), shapes((1, 5), (1,))):
+        for wanted, sweeps in itertools.product(("all", "kept"), shapes((1, 5), (1,))):
             options = {"out": out, "sweeps": sweeps, "products": wanted}
             fused = functools.partial(tile_pass.coefficient_pass, Y, Z, A, ZtZ, **options)
             few = slice(0, min(n, 500))
@@ -204,19 +174,21 @@ def tile_passes():
                 Y[:, few].double(), SparseColumns(Z.indices, Z.values.double(), d), A[:, few].double(),
                 ZtZ.double(), out=exact, sweeps=sweeps,
             )  # fmt: skip
+            kept = Z.indices.shape[1] if wanted == "kept" and products.gathers(Z, A) else None
             facts = {
                 "name": f"pass d={d} n={n} k={k} {str(dtype)[6:]} {'token' if token_major else 'neuron'}-major "
                 f"{wanted} sweeps={sweeps}",
-                "floor_ms_at_3.35_TB_per_s": A.nbytes / 3.35e9,
+                **timed("pass", fused, repeat=7),
+                "floor_ms": floor_of(A, k, sweeps=sweeps, products=2, kept=kept),
             }
+            facts["over_floor"] = facts["pass_ms"] / facts["floor_ms"]
+            # Without keeping a tile in cache.
+            committed = tile_pass.PASS
             try:
-                for tile_bytes in tile_sizes:
-                    tile_pass.PASS = dataclasses.replace(committed, tile_bytes=tile_bytes, busy_programs=0)
-                    name = "whole" if tile_bytes == 1 << 40 else f"{tile_bytes >> 20}MB"
-                    facts |= timed(name, fused, repeat=7)
+                tile_pass.PASS = dataclasses.replace(committed, tile_bytes=1 << 40)
+                facts |= timed("one_tile", fused, repeat=7)
             finally:
                 tile_pass.PASS = committed
-            facts |= timed("committed", fused, repeat=7)
             result = fused()
             facts["error"] = error_of(out[:, few], exact)
             if wanted == "all":
@@ -242,93 +214,38 @@ def on_streams(streams, function, *arguments):
 
 def columns():
     """Column descent, which a single program does, by itself and on eight streams, as ``fit_many`` has them."""
-    committed = dict(selection.COLUMNS)
-    launches = [
-        committed[torch.float32],
-        *(
-            configs.ColumnConfig(*launch)
-            for launch in (
-                (1 << 14, 1024, 16, 128, 64), (1 << 14, 2048, 16, 64, 64), (1 << 14, 2048, 8, 64, 64),
-                (0, 2048, 16, 128, 64), (0, 2048, 32, 128, 64),
-            )
-        ),
-    ]  # fmt: skip
-    try:
-        for d, k in shapes([(1536, 100), (14336, 100), (14336, 400)], [(70, 3)]):
-            count = max(1, d // 100)
-            Y = torch.rand(k, 2000, device=DEVICE)
-            AYt = torch.randn(k, d, device=DEVICE)
-            Z = reference.winner_take_all(torch.randn(k, d, device=DEVICE).T, count)
-            problem = Z, AYt, Y @ Y.T
-            wanted = reference.column_descent(*problem)
-            for launch in shapes(launches, launches[:2]):
-                selection.COLUMNS[torch.float32] = launch
-                facts = {
-                    "name": f"columns d={d} k={k} {launch}",
-                    **timed("one", _triton.column_descent, *problem, repeat=5),
-                    **timed("five_sweeps", _triton.column_descent, *problem, 5, repeat=5),
-                }
-                if DEVICE == "cuda":
-                    streams = [torch.cuda.Stream() for _ in range(8)]
-                    facts |= timed(
-                        "8_streams", on_streams, streams, _triton.column_descent, *problem, repeat=5
-                    )
-                got = _triton.column_descent(*problem)
-                yield {**facts, "same_entries": float((got.indices == wanted.indices).double().mean())}
-    finally:
-        selection.COLUMNS.update(committed)
-
-
-TILES = [  # block_k, block_j, block_n, num_warps, num_stages
-    (32, 16, 64, 4, 2), (32, 32, 64, 4, 2), (32, 16, 128, 4, 2), (64, 16, 64, 4, 2), (64, 16, 64, 4, 3),
-    (64, 32, 64, 4, 2), (64, 16, 128, 8, 2), (64, 16, 128, 8, 3), (64, 32, 64, 8, 3), (64, 32, 128, 8, 2),
-    (128, 16, 64, 8, 3), (128, 16, 128, 8, 3), (128, 32, 64, 8, 2),
-]  # fmt: skip
-
-
-def tune():
-    """Every sensible configuration of the update kernel; the best ones go into the table by hand."""
-    sizes = shapes([(100, 7500), (100, 100_000), (400, 7500), (400, 100_000), (1000, 50_000)], [(5, 70)])
-    problems = {size: update_problem(*size) for size in sizes}
-    committed = dict(configs.UPDATE)
-    try:
-        for precision, tile in itertools.product(("ieee", "tf32x3"), shapes(TILES, TILES[:1])):
-            for key in committed:
-                coefficients.UPDATE[key] = configs.SweepConfig(*tile, precision)
-            facts = {"name": f"{precision} {tile}"}
-            for (k, n), problem in problems.items():
-                facts |= timed(f"k={k} n={n}", _triton.multiplicative_update, *problem, repeat=7)
-            yield facts
-    finally:
-        coefficients.UPDATE.update(committed)
+    for d, k in shapes([(1536, 100), (14336, 100), (14336, 400)], [(70, 3)]):
+        problem = columns_problem(d, k)
+        wanted = reference.column_descent(*problem)
+        facts = {
+            "name": f"columns d={d} k={k}",
+            **timed("one", _triton.column_descent, *problem, repeat=5),
+            **timed("five_sweeps", _triton.column_descent, *problem, 5, repeat=5),
+        }
+        if DEVICE == "cuda":
+            streams = [torch.cuda.Stream() for _ in range(8)]
+            facts |= timed("8_streams", on_streams, streams, _triton.column_descent, *problem, repeat=5)
+        got = _triton.column_descent(*problem)
+        yield {**facts, "same_entries": float((got.indices == wanted.indices).double().mean())}
 
 
 def select():
-    """Winner-take-all against torch.topk, with columns in registers and from cache, over blocks and warps."""
-    launches = [
-        (whole, *launch)
-        for whole in (1 << 14, 0)
-        for launch in ((1024, 8), (2048, 8), (4096, 8), (1024, 16), (2048, 16), (4096, 16))
-    ]
-    committed = dict(selection.SELECT)
-    try:
-        for d, k in shapes([(1536, 100), (14336, 100), (14336, 400), (14336, 1000)], [(70, 3)]):
-            count = -(-d // 100)
-            Z = torch.randn(k, d, device=DEVICE).T
-            plain = timed("topk", lambda Z, count: Z.abs().topk(count, dim=0), Z, count)
-            wanted = reference.winner_take_all(Z, count)
-            for launch in shapes(launches, launches[::6]):
-                selection.SELECT[torch.float32] = configs.SelectConfig(*launch)
-                fused = timed("triton", _triton.winner_take_all, Z, count)
-                yield {
-                    "name": f"select d={d} k={k} whole, block, warps={launch}",
-                    **plain,
-                    **fused,
-                    "speedup": plain["topk_ms"] / fused["triton_ms"],
-                    "equal": torch.equal(_triton.winner_take_all(Z, count).indices, wanted.indices),
-                }
-    finally:
-        selection.SELECT.update(committed)
+    """Winner-take-all against torch.topk."""
+    for d, k in shapes([(1536, 100), (14336, 100), (14336, 400), (14336, 1000)], [(70, 3)]):
+        count = -(-d // 100)
+        Z = torch.randn(k, d, device=DEVICE).T
+        facts = {
+            "name": f"select d={d} k={k}",
+            **timed("topk", lambda Z, count: Z.abs().topk(count, dim=0), Z, count),
+            **timed("triton", _triton.winner_take_all, Z, count),
+        }
+        yield {
+            **facts,
+            "speedup": facts["topk_ms"] / facts["triton_ms"],
+            "equal": torch.equal(
+                _triton.winner_take_all(Z, count).indices, reference.winner_take_all(Z, count).indices
+            ),
+        }
 
 
 def compare(operation, exact, *arguments):
@@ -459,10 +376,13 @@ def against_published(name, A, k, iterations):
         synchronize()
         mine = time.perf_counter() - reach.start
         peak = torch.cuda.max_memory_allocated() / (A.nbytes + result.Y.nbytes) if DEVICE == "cuda" else None
+        floor = floor_of(A, k, sweeps=result.options["sweeps"], products=2)
         yield {
             "name": f"fit {solver} {name} d={A.shape[0]} n={A.shape[1]} k={k} {str(A.dtype)[6:]}",
             "published_ms_per_iteration": 1e3 * published / iterations,
             "ms_per_iteration": 1e3 * mine / result.n_iter,
+            "floor_ms": floor,
+            "over_floor": 1e3 * mine / result.n_iter / floor,
             "speedup_per_iteration": published / iterations / (mine / result.n_iter),
             "published_relative_error": best / norm,
             "relative_error": min(result.loss_history) / norm,
@@ -500,19 +420,67 @@ def many():
         }
 
 
+# By name: what it runs, its weight when time is shared out, and what of its rows the table shows. What matters most
+# comes first, for the last ones may be cut short.
 STAGES = {
-    "floors": floors,
-    "update": update,
-    "descent": descent,
-    "products": sparse_products,
-    "pass": tile_passes,
-    "columns": columns,
-    "select": select,
-    "solve": solve,
-    "fit": fit,
-    "many": many,
-    "tune": tune,
+    "floors": (floors, 1, ("TB_per_s", "TFLOP_per_s")),
+    "fit": (
+        fit,
+        6,
+        (
+            "speedup_to_loss",
+            "to_published_loss_s",
+            "speedup_per_iteration",
+            "over_floor",
+            "peak_over_A_and_Y",
+        ),
+    ),
+    "many": (many, 4, ("seconds", "iterations", "relative_error", "peak_over_A_and_Y")),
+    "pass": (tile_passes, 4, ("pass_ms", "over_floor", "one_tile_ms", "torch_multiplicative_ms", "error")),
+    "columns": (columns, 1, ("one_ms", "five_sweeps_ms", "8_streams_ms", "same_entries")),
+    "products": (
+        sparse_products,
+        2,
+        ("gathered_ms", "dense_ms", "torch_same_dtype_ms", "dense_error", "chosen"),
+    ),
+    "descent": (descent, 2, ("triton_ms", "triton_5_sweeps_ms", "speedup", "error")),
+    "update": (update, 2, ("triton_ms", "speedup", "TFLOP_per_s", "error")),
+    "select": (select, 1, ("triton_ms", "speedup", "equal")),
+    "solve": (solve, 2, ("torch_ms", "cuda_ms", "speedup", "error", "refused")),
 }
+
+
+def run_stage(name, rows, seconds):
+    """Appends to the rows, for about as long; yields after each."""
+    start = time.perf_counter()
+    # What another stage has kept would count as memory of this one.
+    gpu_measure.activations.cache_clear()
+    for row in STAGES[name][0]():
+        rows.append(row)
+        yield
+        if time.perf_counter() - start > seconds:
+            rows.append({"name": f"{name}: stopped after its share of the time, {seconds:.0f} s"})
+            yield
+            return
+
+
+def print_table(stages):
+    """What the stages show of their rows."""
+    for name, rows in stages.items():
+        keys = STAGES[name][2]
+        cells = [(name, *keys)]
+        for row in rows:
+            values = (row.get(key, "") for key in keys)
+            cells.append(
+                (
+                    row["name"],
+                    *(f"{v:.3g}" if isinstance(v, float) else "" if v is None else str(v) for v in values),
+                )
+            )
+        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+        for line in cells:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print(flush=True)
 
 
 def main():
@@ -521,14 +489,17 @@ def main():
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--seconds", type=float, default=400, help="for all stages together; default: 400")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
-    global SMOKE
-    SMOKE = arguments.smoke
-    if DEVICE == "cpu" and not SMOKE:
+    gpu_measure.SMOKE = arguments.smoke
+    if DEVICE == "cpu" and not arguments.smoke:
         parser.error("torch finds no GPU here; --smoke tries the script out on the CPU")
+    wanted = arguments.stages.split(",")
+    unknown = [name for name in wanted if name not in STAGES]
+    if unknown:
+        parser.error(f"--stages: no such stage as {unknown[0]!r}; there are {', '.join(STAGES)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "gpu.json"
     report = {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu (smoke test)",
         "torch": torch.__version__,
@@ -536,28 +507,25 @@ def main():
         "python": platform.python_version(),
         "snmf_kernels": snmf_kernels.__version__,
         "build": _backends.compiled_module().build_info(),
+        "table": hashlib.sha256(Path(configs.__file__).read_bytes()).hexdigest()[:12],
         "stages": {},
     }
-    failed = 0
-    for name in arguments.stages.split(","):
+    start, failed = time.perf_counter(), 0
+    for number, name in enumerate(wanted):
         rows = report["stages"][name] = []
-        start = time.perf_counter()
+        begun = time.perf_counter()
+        left = arguments.seconds - (begun - start)
+        share = left * STAGES[name][1] / sum(STAGES[later][1] for later in wanted[number:])
         try:
-            for result in STAGES[name]():
-                rows.append(result)
-                path.write_text(json.dumps(report, indent=1))
-                print(
-                    json.dumps(
-                        {key: round(v, 5) if isinstance(v, float) else v for key, v in result.items()}
-                    ),
-                    flush=True,
-                )
+            for _ in run_stage(name, rows, share):
+                write(arguments.out / "gpu.json", json.dumps(report, indent=1))
         except Exception:  # a failed stage is reported in the file and must not cost the others
             failed += 1
-            rows.append({"failed": traceback.format_exc()})
+            rows.append({"name": f"{name}: failed", "failed": traceback.format_exc()})
             print(traceback.format_exc(), flush=True)
-        print(f"-- {name}: {time.perf_counter() - start:.0f} s", flush=True)
-        path.write_text(json.dumps(report, indent=1))
+        print(f"-- {name}: {time.perf_counter() - begun:.0f} s", flush=True)
+        write(arguments.out / "gpu.json", json.dumps(report, indent=1))
+    print_table(report["stages"])
     return failed
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
+import importlib.util
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+import time
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -30,33 +34,145 @@ def test_the_baseline_is_the_published_iteration():
     assert torch.allclose(loop.Y, Y)
 
 
-def test_gpu_report_runs(tmp_path):
+def run_gpu_script(name, *arguments):
     pytest.importorskip("triton")
     run = subprocess.run(
-        [sys.executable, BENCHMARKS / "gpu_report.py", "--out", tmp_path, "--smoke"],
+        [sys.executable, BENCHMARKS / name, *arguments, "--smoke"],
         capture_output=True,
         text=True,
         env=os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}),
         timeout=300,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    report = json.loads((tmp_path / "gpu.json").read_text())
-    assert set(report["stages"]) == {
-        "floors", "update", "descent", "products", "pass", "columns", "select", "solve", "fit", "many", "tune",
+    return run.stdout
+
+
+def test_gpu_report_runs(tmp_path):
+    printed = run_gpu_script("gpu_report.py", "--out", tmp_path)
+    stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
+    assert set(stages) == {
+        "floors", "fit", "many", "pass", "columns", "products", "descent", "update", "select", "solve",
     }  # fmt: skip
-    assert all(rows for rows in report["stages"].values())
-    assert all(row["equal"] for row in report["stages"]["select"])
+    assert all(rows for rows in stages.values())
+    assert all(row["equal"] for row in stages["select"])
+    assert all(row["over_floor"] > 0 for row in stages["pass"])
+    for row in itertools.chain.from_iterable(stages.values()):
+        assert f"\n{row['name']}" in printed
+
+
+def test_gpu_stages_end_with_their_time(tmp_path):
+    run_gpu_script("gpu_report.py", "--out", tmp_path, "--stages", "products,select", "--seconds", "0")
+    stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
+    for name in ("products", "select"):
+        assert len(stages[name]) == 2
+        assert "stopped" in stages[name][1]["name"]
 
 
 def test_the_gpu_suite_fits_its_time():
-    """Where a GPU is lent, a command may take ten minutes."""
+    """Where a GPU is lent, a command may take ten minutes; the report has what others leave of nine."""
     suite = (BENCHMARKS / "gpu_suite.sh").read_text()
     subprocess.run(["bash", "-n", str(BENCHMARKS / "gpu_suite.sh")], check=True)
-    for part in ("check", "report"):
-        body = suite.split(f"{part}() {{")[1].split("\n}\n")[0]
-        limits = [int(limit) for limit in re.findall(r"stage \w+ (\d+) ", body)]
-        assert limits
-        assert sum(limits) < 590, part
+    limits = [int(limit) for limit in re.findall(r"\bstage \w+ (\d+) ", suite)]
+    assert len(limits) == 9
+    assert sum(limits) <= 540 - 90
+
+
+class TestTuner:
+    @pytest.fixture
+    def script(self, monkeypatch):
+        pytest.importorskip("triton")
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        return importlib.import_module("gpu_tune")
+
+    def entry(self, script, *candidates, call):
+        """One whose calls do something that depends on the table."""
+        return script.Entry(
+            "DENSE_FROM", True, candidates, lambda: {"call": lambda: call(script.configs.DENSE_FROM[True])}
+        )
+
+    def find(self, script, monkeypatch, entry, seconds):
+        """What is found, with the table as it was afterwards."""
+        committed = entry.value()
+        monkeypatch.setattr(script, "entries", lambda: [entry])
+        script.prepared.cache_clear()
+        try:
+            (row,) = script.tuned(seconds, workers=0, most=None)
+            return row, entry.value()
+        finally:
+            entry.put(committed)
+            script.prepared.cache_clear()
+
+    def test_what_it_writes_is_the_table_with_what_it_found(self, script, tmp_path):
+        run_gpu_script("gpu_tune.py", "--out", tmp_path)
+        found = {row["entry"]: row for row in json.loads((tmp_path / "tune.json").read_text())["entries"]}
+        spec = importlib.util.spec_from_file_location("written", tmp_path / "configs.py")
+        written = importlib.util.module_from_spec(spec)
+        # Where its dataclasses look for their own names.
+        sys.modules["written"] = written
+        try:
+            spec.loader.exec_module(written)
+        finally:
+            del sys.modules["written"]
+        entries = script.entries()
+        assert {entry.name for entry in entries} == set(found)
+        for entry in entries:
+            assert all(tried["wrong"] is None for tried in found[entry.name]["tried"])
+            value = attrgetter(entry.table)(written)
+            value = value if entry.key is None else value[entry.key]
+            shown = (
+                f"tile_bytes={value.tile_bytes}, busy_programs={value.busy_programs}"
+                if entry.key is None
+                else script.text_of(value)
+            )
+            assert shown == found[entry.name]["best"]
+
+    def test_nothing_but_the_value_is_rewritten(self, script):
+        source = script.TABLE.read_text()
+        before = script.configs.PASS
+        after = dataclasses.replace(before, tile_bytes=5, busy_programs=7)
+        changed = script.rewritten(source, "PASS", None, before, after)
+        assert changed == source.replace("tile_bytes=16 << 20,", "tile_bytes=5,").replace(
+            "busy_programs=1056,", "busy_programs=7,"
+        )
+        tile = script.SweepConfig(1, 2, 3, 4, 5, "ieee")
+        key = torch.float32, True
+        changed = script.rewritten(source, "PASS.sweeps", key, before.sweeps[key], tile)
+        assert changed == source.replace(
+            'SweepConfig(16, 32, 32, 2, 1, "ieee")', 'SweepConfig(1, 2, 3, 4, 5, "ieee")'
+        )
+        assert changed != source
+
+    def test_the_fastest_is_found_and_one_that_is_no_faster_is_not(self, script, monkeypatch):
+        def call(value):
+            time.sleep({5.0: 1e-3, 4.0: 16e-3}.get(value, 8e-3))
+            return torch.ones(3)
+
+        entry = self.entry(script, 4.0, 5.0, 6.0, call=call)
+        row, now = self.find(script, monkeypatch, entry, seconds=60)
+        assert now == 5.0
+        assert row["best"] == "5.0"
+        assert row["share"] < 0.5
+        row, now = self.find(script, monkeypatch, self.entry(script, 4.0, call=call), seconds=60)
+        assert now == entry.value()
+        assert "stays" in script.found(row)
+        row, now = self.find(script, monkeypatch, entry, seconds=0)
+        assert now == entry.value()
+        assert {tried["wrong"] for tried in row["tried"]} == {"no time was left"}
+
+    def test_one_that_computes_something_else_or_fails_is_out(self, script, monkeypatch):
+        def call(value):
+            if value == 4.0:
+                raise RuntimeError("out of resource: shared memory")
+            return torch.ones(3) * (float("nan") if value == 6.0 else 1.01 if value == 5.0 else 1.0)
+
+        row, now = self.find(script, monkeypatch, self.entry(script, 4.0, 5.0, 6.0, call=call), seconds=60)
+        assert now == script.configs.DENSE_FROM[True]
+        wrong = [tried["wrong"] for tried in row["tried"]]
+        assert wrong == [
+            "RuntimeError: out of resource: shared memory",
+            "call: error 1.0e-02",
+            "call: error nan",
+        ]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Tiles of every kernel, by dtype and size class: one table, compiled as a whole by tests/aot.py.
 
 Chosen for what compilation shows (no spills on sm_80, sm_90, sm_100 and gfx942; tests/test_aot.py) and for the reasons
-beside each, not yet tuned on a device: benchmarks/gpu_report.py, stages "tune" and "pass", do that. ``precision``
+beside each, not yet tuned on a device: benchmarks/gpu_tune.py does that and rewrites this file. ``precision``
 is Triton's ``input_precision`` of products: ``"ieee"`` means float32 multiply-adds, without tensor cores.
 """
 
@@ -144,7 +144,7 @@ ACCUMULATE: dict[tuple[torch.dtype, str], DenseConfig] = {
 }
 # The share of kept rows from which a dense product should take less time than gathering, by whether A is bfloat16.
 # Gathering is bound by the second-level cache (5 TB/s on an H100), dense products by a third of 989 TFLOP/s, or by half
-# of 67 of float32 multiply-adds. Stage "products" measures both.
+# of 67 of float32 multiply-adds.
 DENSE_FROM = {True: 1 / 32, False: 1 / 16}
 # So many programs at least, twice the multiprocessors of an H100, if necessary by splitting the neurons.
 PROGRAMS = 264
@@ -158,7 +158,7 @@ RESIDUAL: dict[torch.dtype, DenseConfig] = {
 # tokens for 18 programs, which take as long as 1,056 (eight to each multiprocessor of an H100) would, some 20 us a
 # sweep by the count of its instructions, and reading the tile again takes 5. So a tile has tokens for those. Up to
 # 256 features y and ZᵀA of one program's tokens (64 KB) fit the first level; with more it is still better than blocks
-# of few tokens. Stage "pass" measures several sizes.
+# of few tokens.
 PASS = PassConfig(
     max_k=1024,
     tile_bytes=16 << 20,
