@@ -330,7 +330,7 @@ def check(number: int, candidate: int, smoke: bool) -> str | None:
 
 
 def check_all(work: list[tuple[int, int]], seconds: float, workers: int) -> dict[tuple[int, int], str | None]:
-    """What is wrong with each of these candidates, for as many as could be compiled in that time."""
+    """What is wrong with each of these candidates, None if nothing, for as many as were compiled in that time."""
     if workers == 0:
         return {
             (number, candidate): check(number, candidate, gpu_measure.SMOKE) for number, candidate in work
@@ -344,7 +344,7 @@ def check_all(work: list[tuple[int, int]], seconds: float, workers: int) -> dict
             died = future.exception()
             done[futures[future]] = future.result() if died is None else str(died)
     except TimeoutError:
-        print(f"{len(work) - len(done)} of {len(work)} candidates were not compiled in {seconds:.0f} s")
+        print(f"{len(work) - len(done)} of {len(work)} values were not compiled in {seconds:.0f} s")
     finally:
         # What is being compiled ends first, so that nothing else uses the GPU when times are taken.
         pool.shutdown(cancel_futures=True)
@@ -378,11 +378,13 @@ def tuned(seconds: float, workers: int, most: int | None) -> Iterator[dict[str, 
     for number, entry in enumerate(table):
         committed = best = entry.value()
         least, tried = 1 - GAIN, []
-        fitting = [candidate for n, candidate in work if n == number and (n, candidate) in wrong]
-        calls = entry.calls() if fitting else {}
-        for candidate in fitting:
+        calls = entry.calls()
+        for candidate in (candidate for n, candidate in work if n == number):
             value = entry.candidates[candidate]
-            row = {"value": entry.show(value), "wrong": wrong[number, candidate]}
+            row = {
+                "value": entry.show(value),
+                "wrong": wrong.get((number, candidate), "not compiled in time"),
+            }
             if row["wrong"] is None and time.perf_counter() - start > seconds:
                 row["wrong"] = "no time was left"
             if row["wrong"] is None:
