@@ -1,4 +1,4 @@
-"""GPU figures: each stage appends to one JSON file as it goes, and a short table is printed last.
+"""GPU figures: each stage appends to one JSON file as it goes; last come a short table, and which targets are met.
 
     python benchmarks/gpu_report.py --out DIR [--stages fit,many,pass,...] [--seconds 400] [--smoke]
 
@@ -332,7 +332,14 @@ REAL_LAYER = Path(__file__).parent / "data" / "real_layer.safetensors"
 
 
 def fit():
-    """Per iteration, and to the same loss, against the published loop on this device: synthetic, and one real layer."""
+    """Per iteration, and to the same loss, against the published loop on this device: one real layer, and synthetic."""
+    if REAL_LAYER.is_file():
+        # Tokens are rows there.
+        A = load_file(REAL_LAYER)["A"].T[: shapes(None, 40), : shapes(None, 60)].to(DEVICE)
+        for k, dtype in itertools.product(shapes((100, 400), (4,)), (torch.float32, torch.bfloat16)):
+            yield from against_published("real", A.to(dtype), k, shapes(200, 3))
+    else:
+        yield {"name": f"no real layer: benchmarks/real_activations.py writes {REAL_LAYER.name}"}
     d = shapes(14336, 300)
     for (n, k), dtype in itertools.product(
         shapes([(7500, 100), (7500, 400), (100_000, 100), (100_000, 400)], [(90, 4)]),
@@ -340,16 +347,6 @@ def fit():
     ):
         A = synthetic_activations(d, n, device=DEVICE, dtype=dtype)
         yield from against_published("synthetic", A, k, shapes(200 if n < 50_000 else 60, 3))
-    if not REAL_LAYER.is_file():
-        yield {
-            "name": "fit real layer",
-            "refused": f"no {REAL_LAYER}; benchmarks/real_activations.py writes it",
-        }
-        return
-    # Tokens are rows there.
-    A = load_file(REAL_LAYER)["A"].T[: shapes(None, 40), : shapes(None, 60)].to(DEVICE)
-    for k, dtype in itertools.product(shapes((100, 400), (4,)), (torch.float32, torch.bfloat16)):
-        yield from against_published("real", A.to(dtype), k, shapes(200, 3))
 
 
 def against_published(name, A, k, iterations):
@@ -450,6 +447,49 @@ STAGES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a figure should be: of all rows of a stage whose names have these words, at least (at most) a bound."""
+
+    what: str
+    stage: str
+    key: str
+    bound: float
+    words: tuple[str, ...] = ()
+    at_least: bool = False
+    of_all: bool = True
+
+    def verdict(self, rows):
+        """The row that decides, in words. What was never reached has no figure, and counts as 0."""
+        if any("failed" in row for row in rows):
+            return "its stage failed"
+        figures = {
+            row["name"]: row[self.key] or 0.0
+            for row in rows
+            if all(word in row["name"] for word in self.words)
+            and self.key in row
+            and (self.at_least or row[self.key] is not None)
+        }
+        if not figures:
+            return "not measured"
+        # The worst of all rows, or the best.
+        name = (min if self.at_least == self.of_all else max)(figures, key=figures.__getitem__)
+        met = figures[name] >= self.bound if self.at_least else figures[name] <= self.bound
+        return (
+            f"{'met' if met else 'MISSED'}: {figures[name]:.3g} ({name}); "
+            f"of {len(figures)} rows {min(figures.values()):.3g} to {max(figures.values()):.3g}"
+        )
+
+
+TARGETS = (
+    Target("times sooner at the published loss, at least 100", "fit", "speedup_to_loss", 100, ("fit auto ",), True),
+    Target("a pass over its floor for k <= 128, at most 1.5", "pass", "over_floor", 1.5, (" k=100 ", " all ")),
+    Target("seconds for 32 layers together, at most 10", "many", "seconds", 10, of_all=False),
+    Target("peak memory over A and Y, at most 1.05: fit", "fit", "peak_over_A_and_Y", 1.05, ("fit auto ",)),
+    Target("peak memory over A and Y, at most 1.05: fit_many", "many", "peak_over_A_and_Y", 1.05),
+)  # fmt: skip
+
+
 def run_stage(name, rows, seconds):
     """Appends to the rows, for about as long; yields after each."""
     start = time.perf_counter()
@@ -526,6 +566,9 @@ def main():
         print(f"-- {name}: {time.perf_counter() - begun:.0f} s", flush=True)
         write(arguments.out / "gpu.json", json.dumps(report, indent=1))
     print_table(report["stages"])
+    for target in TARGETS:
+        if target.stage in report["stages"]:
+            print(f"{target.what}: {target.verdict(report['stages'][target.stage])}")
     return failed
 
 

@@ -68,6 +68,28 @@ def test_gpu_stages_end_with_their_time(tmp_path):
         assert "stopped" in stages[name][1]["name"]
 
 
+def test_gpu_targets_are_judged_by_the_row_that_decides(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    target = importlib.import_module("gpu_report").Target
+    rows = [
+        {"name": "a k=3", "x": 2.0},
+        {"name": "b k=3", "x": 5.0},
+        {"name": "c k=9", "x": 9.0},
+        {"name": "d"},
+    ]
+    least = target("", "s", "x", 3.0, ("k=3",), at_least=True)
+    assert least.verdict(rows) == "MISSED: 2 (a k=3); of 2 rows 2 to 5"
+    assert least.verdict(rows[1:]).startswith("met: 5 (b k=3)")
+    assert least.verdict([*rows[1:], {"name": "never k=3", "x": None}]).startswith("MISSED: 0 (never k=3)")
+    most = target("", "s", "x", 6.0)
+    assert most.verdict(rows).startswith("MISSED: 9 (c k=9)")
+    assert most.verdict([*rows[:2], {"name": "e", "x": None}]).startswith("met: 5 (b k=3)")
+    assert target("", "s", "x", 2.0, of_all=False).verdict(rows).startswith("met: 2 (a k=3)")
+    assert most.verdict(rows[3:]) == "not measured"
+    assert most.verdict([*rows, {"name": "s: failed", "failed": "..."}]) == "its stage failed"
+
+
 def test_the_gpu_suite_fits_its_time():
     """Where a GPU is lent, a command may take ten minutes; the report has what others leave of nine."""
     suite = (BENCHMARKS / "gpu_suite.sh").read_text()
