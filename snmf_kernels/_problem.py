@@ -88,12 +88,11 @@ class Problem:
         Near an optimum for Y the terms that hold it are at most ``3 ‖A‖²`` together, but for features that cancel each
         other. What larger ones leave of each other may be rounding alone; the loss is said to be no less than that.
         """
-        precise = precise_dtype(ZtZ.device)
-        products = ZtZ.to(precise) * YYt.to(precise)
+        products = ZtZ.to(precise_dtype(ZtZ.device), copy=True).mul_(YYt)
         l2_term = self.l2 * torch.diagonal(products).sum()
         whole, crossed = self.data.squared_norm(), 2 * result.dot
         loss = whole + products.sum() + l2_term - crossed
-        terms = products.abs().sum() + l2_term + crossed.abs()
+        terms = products.abs_().sum() + l2_term + crossed.abs()
         return torch.maximum(loss, rounding(self.data.dtype) * (terms - 3 * whole).clamp(min=0))
 
     def solve_coefficients(
