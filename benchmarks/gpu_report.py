@@ -45,6 +45,7 @@ from safetensors.torch import load_file
 
 import snmf_kernels
 from snmf_kernels import SparseColumns, _backends, _triton, reference
+from snmf_kernels._precision import product_precision
 from snmf_kernels._triton import configs, products, tile_pass
 
 
@@ -61,12 +62,8 @@ def rate(dtype, tf32=False):
     """Operations a millisecond of a large matrix product."""
     size = shapes(8192, 64)
     left, right = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    try:
+    with product_precision(torch.device(DEVICE), tf32):
         return 2 * size**3 / timed("product", torch.mm, left, right)["product_ms"]
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def floors():
