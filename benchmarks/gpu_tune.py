@@ -489,10 +489,7 @@ def main() -> None:
         rows.append(row)
         write(arguments.out / "tune.json", json.dumps(report, indent=1))
         measured = sum("share" in tried for tried in row["tried"])
-        print(
-            f"{row['entry']:<44} {row['share']:.2f} of its time, {measured} measured: {row['best']}",
-            flush=True,
-        )
+        print(f"{row['entry']:<36} {measured:>2} measured: {found(row)}", flush=True)
     source = TABLE.read_text()
     for entry, before in zip(entries(), committed, strict=True):
         if entry.value() != before:
