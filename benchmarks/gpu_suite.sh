@@ -41,7 +41,7 @@ check() {
     python3 -c "import xdist" 2>/dev/null && workers=(-n 12)
     stage context 25 python3 -m pytest -q -m gpu tests/test_cuda_context.py -p no:cacheprovider
     # Interrupted, pytest says what has failed so far; killed, it says nothing.
-    stage tests 150 timeout --foreground --signal=INT --kill-after=15 130 \
+    LINES_SHOWN=40 stage tests 150 timeout --foreground --signal=INT --kill-after=15 130 \
         python3 -m pytest -q -m gpu tests --ignore=tests/interp -p no:cacheprovider "${workers[@]}"
     # Once without a sanitizer, which would find Triton compiling.
     stage driver 30 python3 benchmarks/gpu_driver.py
