@@ -18,6 +18,8 @@ from snmf_kernels import SparseColumns, reference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Tiny shapes, each call once: shows that a script works; its times mean nothing.
 SMOKE = False
+# Some milliseconds, longer than any call here takes to be queued.
+_BUSY_CYCLES = 5_000_000
 
 
 def shapes(real, smoke):
@@ -31,7 +33,11 @@ def synchronize() -> None:
 
 
 def milliseconds(function: Callable, *arguments, repeat: int = 20, warmup: int = 3) -> list[float]:
-    """Device times of calls after a warm-up, sorted."""
+    """Device times of calls after a warm-up, sorted, without what the host takes to launch them.
+
+    The device is kept busy until a call has been queued: else it would wait for the host, which is no part of a step
+    that is replayed. A call that itself waits for the device is timed with its waiting.
+    """
     if SMOKE:
         repeat, warmup = 1, 0
     for _ in range(warmup):
@@ -40,6 +46,7 @@ def milliseconds(function: Callable, *arguments, repeat: int = 20, warmup: int =
     for _ in range(repeat):
         if DEVICE == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(_BUSY_CYCLES)
             start.record()
             function(*arguments)
             end.record()

@@ -58,7 +58,7 @@ def bandwidth():
 
 
 @functools.cache
-def rate(dtype, tf32=False):
+def rate(dtype, tf32):
     """Operations a millisecond of a large matrix product."""
     size = shapes(8192, 64)
     left, right = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
@@ -74,24 +74,23 @@ def floors():
         yield {"name": name, "TFLOP_per_s": rate(dtype, tf32) / 1e9}
 
 
-def floor_of(A, k, *, sweeps, products, kept=None):
+def floor_of(A, k, *, sweeps, dense=2, kept=0, tf32=False):
     """Milliseconds below which nothing that multiplies A by Z and by Y, with sweeps over Y between, can be.
 
     A multiplication with a bfloat16 A counts once at the rate of bfloat16, however many parts its other operand has.
 
     Args:
-        products: how many products with A there are, of all its rows, or of ``kept`` rows for each feature.
+        sweeps: over Y that every token takes.
+        dense: products with all rows of A.
+        kept: rows of A for each feature in the other products, together.
+        tf32: whether dense products of a float32 A may use TF32.
     """
     d, n = A.shape
     moved = A.nbytes + 2 * 4 * k * n
-    of_float32 = 2 * k * k * n * sweeps
-    dense = 0
-    if kept is None:
-        dense = 2 * d * n * k * products
-    else:
-        of_float32 += 2 * kept * n * k * products
-    arithmetic = dense / rate(A.dtype if A.dtype == torch.bfloat16 else torch.float32)
-    return max(moved / bandwidth(), arithmetic + of_float32 / rate(torch.float32))
+    of_tensors = torch.bfloat16 if A.dtype == torch.bfloat16 else torch.float32
+    arithmetic = 2 * d * n * k * dense / rate(of_tensors, tf32 and of_tensors == torch.float32)
+    arithmetic += (2 * k * k * n * sweeps + 2 * kept * n * k) / rate(torch.float32, False)
+    return max(moved / bandwidth(), arithmetic)
 
 
 def update():
@@ -171,12 +170,15 @@ def tile_passes():
                 Y[:, few].double(), SparseColumns(Z.indices, Z.values.double(), d), A[:, few].double(),
                 ZtZ.double(), out=exact, sweeps=sweeps,
             )  # fmt: skip
-            kept = Z.indices.shape[1] if wanted == "kept" and products.gathers(Z, A) else None
+            # The first product gathers where few rows are kept, the second only if no others are wanted.
+            gathered = products.gathers(Z, A) * (1 + (wanted == "kept"))
             facts = {
                 "name": f"pass d={d} n={n} k={k} {str(dtype)[6:]} {'token' if token_major else 'neuron'}-major "
                 f"{wanted} sweeps={sweeps}",
                 **timed("pass", fused, repeat=7),
-                "floor_ms": floor_of(A, k, sweeps=sweeps, products=2, kept=kept),
+                "floor_ms": floor_of(
+                    A, k, sweeps=sweeps, dense=2 - gathered, kept=gathered * Z.indices.shape[1]
+                ),
             }
             facts["over_floor"] = facts["pass_ms"] / facts["floor_ms"]
             # Without keeping a tile in cache.
@@ -360,6 +362,13 @@ def fit():
         yield from against_published("synthetic", A, k, shapes(1000 if n < 50_000 else 200, 3))
 
 
+def forget_all_but_tensors():
+    """What a fit has left in caches would count as there before, or not at all; the peak counts from here."""
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
 def against_published(name, A, k, iterations):
     """Rows of the published loop against each solver on A."""
     loop = PublishedLoop(A.float(), k)
@@ -384,20 +393,21 @@ def against_published(name, A, k, iterations):
         synchronize()
         held = 0
         if DEVICE == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+            forget_all_but_tensors()
             held = torch.cuda.memory_allocated() - A.nbytes
         mine = Clock()
         result = snmf_kernels.fit(A, k, callback=mine, **options)
         synchronize()
         whole = time.perf_counter() - mine.start
-        reached, needed = mine.first(best)
-        floor = floor_of(A, k, sweeps=result.options["sweeps"], products=2)
+        # Before anything else is allocated.
         peak = (
             (torch.cuda.max_memory_allocated() - held) / (A.nbytes + result.Y.nbytes)
             if DEVICE == "cuda"
             else None
         )
+        reached, needed = mine.first(best)
+        # Tokens may take but one of the sweeps.
+        floor = floor_of(A, k, sweeps=1, tf32=settings.get("allow_tf32", False))
         yield {
             "name": f"fit {solver} {name} d={A.shape[0]} n={A.shape[1]} k={k} {str(A.dtype)[6:]}",
             "published_iterations": iterations,
@@ -426,23 +436,29 @@ def many():
     layers = [
         synthetic_activations(d, n, seed=seed, device=DEVICE, dtype=torch.bfloat16) for seed in range(count)
     ]
-    held = sum(A.nbytes for A in layers) + 4 * count * k * n
+    data = sum(A.nbytes for A in layers)
     snmf_kernels.fit(layers[0], k)
     for at_once in shapes((1, 4, 8, 16), (2,)):
+        held = 0
         if DEVICE == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+            forget_all_but_tensors()
+            held = torch.cuda.memory_allocated() - data
         synchronize()
         start = time.perf_counter()
         results = snmf_kernels.fit_many(layers, k, at_once=at_once)
         synchronize()
-        yield {
+        seconds = time.perf_counter() - start
+        peak = (torch.cuda.max_memory_allocated() - held) if DEVICE == "cuda" else None
+        row = {
             "name": f"fit_many {count} layers d={d} n={n} k={k}, {at_once} at once",
-            "seconds": time.perf_counter() - start,
+            "seconds": seconds,
             "iterations": sum(result.n_iter for result in results),
             "relative_error": statistics.mean(result.relative_error for result in results),
-            "peak_over_A_and_Y": torch.cuda.max_memory_allocated() / held if DEVICE == "cuda" else None,
+            "peak_over_A_and_Y": peak / (data + 4 * count * k * n) if peak else None,
         }
+        # They would be in the memory of the next.
+        del results
+        yield row
 
 
 # By name: what it runs, its weight when time is shared out, and what of its rows the table shows. What matters most
@@ -568,13 +584,14 @@ def main():
     if unknown:
         parser.error(f"--stages: no such stage as {unknown[0]!r}; there are {', '.join(STAGES)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
+    build = _backends.compiled_module()
     report = {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu (smoke test)",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
         "snmf_kernels": snmf_kernels.__version__,
-        "build": _backends.compiled_module().build_info(),
+        "build": build if isinstance(build, str) else build.build_info(),
         "table": hashlib.sha256(Path(configs.__file__).read_bytes()).hexdigest()[:12],
         "stages": {},
     }
@@ -584,6 +601,9 @@ def main():
         begun = time.perf_counter()
         left = arguments.seconds - (begun - start)
         share = left * STAGES[name][1] / sum(STAGES[later][1] for later in wanted[number:])
+        if left <= 0:
+            rows.append({"name": f"{name}: no time was left"})
+            continue
         try:
             for _ in run_stage(name, rows, share):
                 write(arguments.out / "gpu.json", json.dumps(report, indent=1))

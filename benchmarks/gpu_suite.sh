@@ -60,7 +60,7 @@ report() {
     local left=$((SECONDS_IN_ALL - SECONDS)) stages=()
     [ -n "$1" ] && stages=(--stages "$1")
     # A row that has been begun when its time is up is still ended.
-    LINES_SHOWN=120 stage report "$left" \
+    LINES_SHOWN=250 stage report "$left" \
         python3 benchmarks/gpu_report.py --out "$OUT" --seconds $((left - 30)) "${stages[@]}"
 }
 

@@ -26,7 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
@@ -147,6 +147,8 @@ UPDATE = sweeps(
     (16, 16, 128, 4, 2), (32, 16, 128, 4, 2), (32, 16, 128, 8, 2), (64, 16, 64, 8, 2), (64, 16, 64, 8, 3),
     (64, 16, 128, 8, 2), (64, 16, 128, 8, 3),
 )  # fmt: skip
+# More features to a program would bring the entry for few features other numbers of them, too.
+SMALL_UPDATE = tuple(tile for tile in UPDATE if tile.block_k <= 32)
 GATHER = tuple(
     GatherConfig(*tile) for tile in ((8, 128, 4), (32, 128, 4), (16, 256, 4), (16, 256, 8), (16, 64, 2), (32, 64, 4))
 )  # fmt: skip
@@ -209,7 +211,7 @@ def entries() -> list[Entry]:
         Entry("PASS.sweeps", (single, True), MULTIPLICATIVE, functools.partial(passes, multiplicative=True)),
         Entry("DESCENT", single, DESCENT, descent_calls),
         Entry("UPDATE", (single, True), UPDATE, functools.partial(update_calls, (100, 400, 1000))),
-        Entry("UPDATE", (single, False), UPDATE, functools.partial(update_calls, (16, 32))),
+        Entry("UPDATE", (single, False), SMALL_UPDATE, functools.partial(update_calls, (16, 32))),
         Entry("PRODUCT", tf32, dense("tf32", *PRODUCT), functools.partial(product_calls, single, True), 5e-3),
         Entry("ACCUMULATE", tf32, dense("tf32", *ACCUMULATE), functools.partial(exact_passes, tf32=True), 5e-3),
     ]  # fmt: skip
@@ -246,14 +248,19 @@ def product_calls(dtype: torch.dtype, tf32: bool = False) -> Calls:
 
 
 def gather_calls() -> Calls:
-    """Products that gather rows of a neuron-major A of either dtype, of 0.5 % of them: always few enough."""
+    """Passes that gather rows of a neuron-major A of either dtype twice, of 0.5 % of them: always few enough."""
+
+    def call(problem: tuple) -> Tensor:
+        Y, Z, A, ZtZ = problem
+        out = torch.empty_like(Y)
+        result = tile_pass.coefficient_pass(Y, Z, A, ZtZ, out=out, products="kept")
+        return torch.cat([out.flatten(), result.AYt.flatten()])
+
+    size, k = shapes((LAYER, 100), ((300, 70), 3))
     return {
-        str(dtype)[6:]: functools.partial(
-            _triton.sparse_product,
-            *pass_problem(*shapes(LAYER, (300, 70)), shapes(100, 3), dtype, token_major=False, keep=0.005)[1:3],
-        )
+        str(dtype)[6:]: functools.partial(call, pass_problem(*size, k, dtype, token_major=False, keep=0.005))
         for dtype in (torch.bfloat16, torch.float32)
-    }  # fmt: skip
+    }
 
 
 def share_calls(dtype: torch.dtype) -> Calls:
@@ -339,15 +346,16 @@ def check_all(work: list[tuple[int, int]], seconds: float, workers: int) -> dict
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
         futures = {pool.submit(check, *item, gpu_measure.SMOKE): item for item in work}
-        for future in as_completed(futures, timeout=seconds):
-            # An exception here is that the process died, for those in ``check`` are caught there.
-            died = future.exception()
-            done[futures[future]] = future.result() if died is None else str(died)
-    except TimeoutError:
-        print(f"{len(work) - len(done)} of {len(work)} values were not compiled in {seconds:.0f} s")
+        wait(futures, timeout=seconds)
     finally:
         # What is being compiled ends first, so that nothing else uses the GPU when times are taken.
         pool.shutdown(cancel_futures=True)
+    for future, item in futures.items():
+        if not future.cancelled():
+            # An exception here is that the process died, for those in ``check`` are caught there.
+            died = future.exception()
+            done[item] = future.result() if died is None else str(died)
+    print(f"{len(done)} of {len(work)} values were compiled")
     return done
 
 
@@ -455,6 +463,20 @@ def rewritten(source: str, table: str, key: Hashable, before: Any, after: Any) -
     return content.decode()
 
 
+def table_with(committed: list[Any]) -> str:
+    """The source of the table with the values that entries have now; ``committed`` are those that it has."""
+    source = TABLE.read_text()
+    pairs = list(zip(entries(), committed, strict=True))
+    if all(entry.value() == before for entry, before in pairs):
+        return source
+    for entry, before in pairs:
+        # One that is written as another's value would change with that one.
+        by_reference = isinstance(node_of(ast.parse(source), entry.table, entry.key), ast.Subscript)
+        if by_reference or entry.value() != before:
+            source = rewritten(source, entry.table, entry.key, before, entry.value())
+    return source
+
+
 def found(row: dict[str, Any]) -> str:
     """What became of an entry, in words."""
     if row["best"] == row["committed"]:
@@ -490,10 +512,7 @@ def main() -> None:
         write(arguments.out / "tune.json", json.dumps(report, indent=1))
         measured = sum("share" in tried for tried in row["tried"])
         print(f"{row['entry']:<36} {measured:>2} measured: {found(row)}", flush=True)
-    source = TABLE.read_text()
-    for entry, before in zip(entries(), committed, strict=True):
-        if entry.value() != before:
-            source = rewritten(source, entry.table, entry.key, before, entry.value())
+    source = table_with(committed)
     write(arguments.out / TABLE.name, source)
     if arguments.write:
         write(TABLE, source)

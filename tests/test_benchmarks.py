@@ -60,12 +60,17 @@ def test_gpu_report_runs(tmp_path):
         assert f"\n{row['name']}" in printed
 
 
-def test_gpu_stages_end_with_their_time(tmp_path):
-    run_gpu_script("gpu_report.py", "--out", tmp_path, "--stages", "products,select", "--seconds", "0")
-    stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
-    for name in ("products", "select"):
-        assert len(stages[name]) == 2
-        assert "stopped" in stages[name][1]["name"]
+def test_gpu_stages_end_with_their_time(tmp_path, monkeypatch):
+    printed = run_gpu_script(
+        "gpu_report.py", "--out", tmp_path, "--stages", "products,select", "--seconds", "0"
+    )
+    assert printed.count("no time was left") == 2
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("gpu_report")
+    monkeypatch.setitem(script.STAGES, "some", (lambda: iter([{"name": "a"}, {"name": "b"}]), 1, ()))
+    rows = []
+    list(script.run_stage("some", rows, 0))
+    assert [row["name"] for row in rows] == ["a", "some: stopped after its share of the time, 0 s"]
 
 
 def test_gpu_targets_are_judged_by_the_row_that_decides(monkeypatch):
@@ -163,6 +168,18 @@ class TestTuner:
             'SweepConfig(16, 32, 32, 2, 1, "ieee")', 'SweepConfig(1, 2, 3, 4, 5, "ieee")'
         )
         assert changed != source
+
+    def test_one_that_is_written_as_another_stays_when_that_one_changes(self, script, monkeypatch):
+        committed = [entry.value() for entry in script.entries()]
+        key = torch.float32
+        tile = script.SweepConfig(32, 32, 16, 1, 1, "ieee")
+        monkeypatch.setitem(script.configs.DESCENT, key, tile)
+        written = {"__name__": "written"}
+        monkeypatch.setitem(sys.modules, "written", type(sys)("written"))
+        exec(script.table_with(committed), written)
+        assert repr(written["DESCENT"][key]) == repr(tile)
+        kept = script.configs.PASS.sweeps[key, False]
+        assert repr(written["PASS"].sweeps[key, False]) == repr(kept) != repr(tile)
 
     def test_the_fastest_is_found_and_one_that_is_no_faster_is_not(self, script, monkeypatch):
         def call(value):
