@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from published import synthetic_activations
@@ -18,8 +16,8 @@ from snmf_kernels import SparseColumns, reference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Tiny shapes, each call once: shows that a script works; its times mean nothing.
 SMOKE = False
-# Some milliseconds, longer than any call here takes to be queued.
-_BUSY_CYCLES = 5_000_000
+# A millisecond, longer than the launches of any call here.
+_BUSY_CYCLES = 2_000_000
 
 
 def shapes(real, smoke):
@@ -110,10 +108,3 @@ def columns_problem(d: int, k: int) -> tuple[SparseColumns, Tensor, Tensor]:
     AYt = torch.randn(k, d, device=DEVICE, generator=generator)
     start = torch.randn(k, d, device=DEVICE, generator=generator)
     return reference.winner_take_all(start.T, max(1, d // 100)), AYt, Y @ Y.T
-
-
-def write(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import platform
 import statistics
 import sys
@@ -38,12 +37,12 @@ from gpu_measure import (
     synchronize,
     timed,
     update_problem,
-    write,
 )
 from published import PublishedLoop, synthetic_activations
 from safetensors.torch import load_file
 
 import snmf_kernels
+from snmf_interp.files import write_json
 from snmf_kernels import SparseColumns, _backends, _triton, reference
 from snmf_kernels._precision import product_precision
 from snmf_kernels._triton import configs, products, tile_pass
@@ -171,7 +170,7 @@ def tile_passes():
                 ZtZ.double(), out=exact, sweeps=sweeps,
             )  # fmt: skip
             # The first product gathers where few rows are kept, the second only if no others are wanted.
-            gathered = products.gathers(Z, A) * (1 + (wanted == "kept"))
+            gathered = (2 if wanted == "kept" else 1) if products.gathers(Z, A) else 0
             facts = {
                 "name": f"pass d={d} n={n} k={k} {str(dtype)[6:]} {'token' if token_major else 'neuron'}-major "
                 f"{wanted} sweeps={sweeps}",
@@ -307,15 +306,18 @@ def solve():
 
 
 class Clock:
-    """A callback of ``fit`` that notes when each loss was there, in seconds from now."""
+    """Notes when each loss was there, in seconds from now; a callback of ``fit``."""
 
     def __init__(self):
         self.seconds, self.losses = [], []
         self.start = time.perf_counter()
 
     def __call__(self, state):
+        self.note(state.loss)
+
+    def note(self, loss):
         self.seconds.append(time.perf_counter() - self.start)
-        self.losses.append(state.loss)
+        self.losses.append(loss)
 
     def first(self, loss):
         """(seconds, iterations) until the loss was reached, or (None, None)."""
@@ -362,11 +364,23 @@ def fit():
         yield from against_published("synthetic", A, k, shapes(1000 if n < 50_000 else 200, 3))
 
 
-def forget_all_but_tensors():
-    """What a fit has left in caches would count as there before, or not at all; the peak counts from here."""
-    torch._C._cuda_clearCublasWorkspaces()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+class Peak:
+    """The most memory that is held from here on, of ``data`` bytes that are there already and whatever is added.
+
+    Nothing that a fit before has left in caches counts as there before.
+    """
+
+    def __init__(self, data):
+        self._others = 0
+        if DEVICE == "cuda":
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self._others = torch.cuda.memory_allocated() - data
+
+    def over(self, wanted):
+        """Its ratio to so many bytes until now; None without a GPU."""
+        return (torch.cuda.max_memory_allocated() - self._others) / wanted if DEVICE == "cuda" else None
 
 
 def against_published(name, A, k, iterations):
@@ -376,8 +390,7 @@ def against_published(name, A, k, iterations):
         loop.step()
     clock = Clock()
     for _ in range(iterations):
-        loop.step()
-        clock(loop)
+        clock.note(loop.step())
     norm = float(loop.A.double().square().sum())
     del loop
     best = min(clock.losses)
@@ -391,20 +404,13 @@ def against_published(name, A, k, iterations):
         # Compiles every kind of step.
         snmf_kernels.fit(A, k, **options | {"max_iter": min(iterations, 12)})
         synchronize()
-        held = 0
-        if DEVICE == "cuda":
-            forget_all_but_tensors()
-            held = torch.cuda.memory_allocated() - A.nbytes
+        memory = Peak(A.nbytes)
         mine = Clock()
         result = snmf_kernels.fit(A, k, callback=mine, **options)
         synchronize()
         whole = time.perf_counter() - mine.start
         # Before anything else is allocated.
-        peak = (
-            (torch.cuda.max_memory_allocated() - held) / (A.nbytes + result.Y.nbytes)
-            if DEVICE == "cuda"
-            else None
-        )
+        peak = memory.over(A.nbytes + result.Y.nbytes)
         reached, needed = mine.first(best)
         # Tokens may take but one of the sweeps.
         floor = floor_of(A, k, sweeps=1, tf32=settings.get("allow_tf32", False))
@@ -439,22 +445,19 @@ def many():
     data = sum(A.nbytes for A in layers)
     snmf_kernels.fit(layers[0], k)
     for at_once in shapes((1, 4, 8, 16), (2,)):
-        held = 0
-        if DEVICE == "cuda":
-            forget_all_but_tensors()
-            held = torch.cuda.memory_allocated() - data
+        memory = Peak(data)
         synchronize()
         start = time.perf_counter()
         results = snmf_kernels.fit_many(layers, k, at_once=at_once)
         synchronize()
         seconds = time.perf_counter() - start
-        peak = (torch.cuda.max_memory_allocated() - held) if DEVICE == "cuda" else None
+        peak = memory.over(data + 4 * count * k * n)
         row = {
             "name": f"fit_many {count} layers d={d} n={n} k={k}, {at_once} at once",
             "seconds": seconds,
             "iterations": sum(result.n_iter for result in results),
             "relative_error": statistics.mean(result.relative_error for result in results),
-            "peak_over_A_and_Y": peak / (data + 4 * count * k * n) if peak else None,
+            "peak_over_A_and_Y": peak,
         }
         # They would be in the memory of the next.
         del results
@@ -536,6 +539,9 @@ TARGETS = (
 
 def run_stage(name, rows, seconds):
     """Appends to the rows, for about as long; yields after each."""
+    if seconds <= 0:
+        rows.append({"name": f"{name}: no time was left"})
+        return
     start = time.perf_counter()
     # What another stage has kept would count as memory of this one.
     gpu_measure.activations.cache_clear()
@@ -544,7 +550,6 @@ def run_stage(name, rows, seconds):
         yield
         if time.perf_counter() - start > seconds:
             rows.append({"name": f"{name}: stopped after its share of the time, {seconds:.0f} s"})
-            yield
             return
 
 
@@ -583,7 +588,7 @@ def main():
     unknown = [name for name in wanted if name not in STAGES]
     if unknown:
         parser.error(f"--stages: no such stage as {unknown[0]!r}; there are {', '.join(STAGES)}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "gpu.json"
     build = _backends.compiled_module()
     report = {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu (smoke test)",
@@ -601,18 +606,15 @@ def main():
         begun = time.perf_counter()
         left = arguments.seconds - (begun - start)
         share = left * STAGES[name][1] / sum(STAGES[later][1] for later in wanted[number:])
-        if left <= 0:
-            rows.append({"name": f"{name}: no time was left"})
-            continue
         try:
             for _ in run_stage(name, rows, share):
-                write(arguments.out / "gpu.json", json.dumps(report, indent=1))
+                write_json(path, report)
         except Exception:  # a failed stage is reported in the file and must not cost the others
             failed += 1
             rows.append({"name": f"{name}: failed", "failed": traceback.format_exc()})
             print(traceback.format_exc(), flush=True)
         print(f"-- {name}: {time.perf_counter() - begun:.0f} s", flush=True)
-        write(arguments.out / "gpu.json", json.dumps(report, indent=1))
+        write_json(path, report)
     print_table(report["stages"])
     for target in TARGETS:
         if target.stage in report["stages"]:

@@ -43,10 +43,10 @@ from gpu_measure import (
     pass_problem,
     shapes,
     update_problem,
-    write,
 )
 from torch import Tensor
 
+from snmf_interp.files import write_json, write_text
 from snmf_kernels import _triton
 from snmf_kernels._precision import product_precision
 from snmf_kernels._triton import configs, tile_pass
@@ -54,7 +54,6 @@ from snmf_kernels._triton.configs import (
     ColumnConfig,
     DenseConfig,
     GatherConfig,
-    PassConfig,
     SelectConfig,
     SweepConfig,
 )
@@ -100,7 +99,7 @@ class Entry:
 
     def show(self, value: Any) -> str:
         """A value for readers, of the pass what is tried of it."""
-        if isinstance(value, PassConfig):
+        if self.table == "PASS":
             return f"tile_bytes={value.tile_bytes}, busy_programs={value.busy_programs}"
         return text_of(value)
 
@@ -194,84 +193,74 @@ def entries() -> list[Entry]:
     """In the order in which they are tried: what takes the most of a fit first, and a pass after what it is made of."""
     single = torch.float32
     bf16, exact, tf32 = ((single, kind) for kind in ("bf16", "exact", "tf32"))
-    passes = functools.partial(pass_calls, torch.bfloat16)
-    exact_passes = functools.partial(pass_calls, single)
+    passes = functools.partial(layer_calls, run_pass, torch.bfloat16, products="all")
+    exact_passes = functools.partial(layer_calls, run_pass, single, products="all")
+    product = functools.partial(layer_calls, run_product, torch.bfloat16)
+    exact_product = functools.partial(layer_calls, run_product, single)
     return [
         Entry("PASS.sweeps", (single, False), DESCENT, functools.partial(passes, sweeps=5)),
-        Entry("PRODUCT", bf16, dense("parts", *PRODUCT), functools.partial(product_calls, torch.bfloat16)),
+        Entry("PRODUCT", bf16, dense("parts", *PRODUCT), product),
         Entry("ACCUMULATE", bf16, dense("parts", *ACCUMULATE), passes),
         Entry("GATHER", single, GATHER, gather_calls),
         Entry("DENSE_FROM", True, DENSE_FROM, functools.partial(share_calls, torch.bfloat16)),
         Entry("PASS", None, PASSES, functools.partial(passes, sweeps=5)),
         Entry("COLUMNS", single, COLUMNS, columns_calls, tolerance=1e-2),
         Entry("SELECT", single, SELECT, select_calls),
-        Entry("PRODUCT", exact, dense("ieee", *EXACT_PRODUCT), functools.partial(product_calls, single)),
+        Entry("PRODUCT", exact, dense("ieee", *EXACT_PRODUCT), exact_product),
         Entry("ACCUMULATE", exact, dense("ieee", *EXACT_ACCUMULATE), exact_passes),
         Entry("DENSE_FROM", False, DENSE_FROM, functools.partial(share_calls, single)),
         Entry("PASS.sweeps", (single, True), MULTIPLICATIVE, functools.partial(passes, multiplicative=True)),
         Entry("DESCENT", single, DESCENT, descent_calls),
         Entry("UPDATE", (single, True), UPDATE, functools.partial(update_calls, (100, 400, 1000))),
         Entry("UPDATE", (single, False), SMALL_UPDATE, functools.partial(update_calls, (16, 32))),
-        Entry("PRODUCT", tf32, dense("tf32", *PRODUCT), functools.partial(product_calls, single, True), 5e-3),
+        Entry("PRODUCT", tf32, dense("tf32", *PRODUCT), functools.partial(exact_product, tf32=True), 5e-3),
         Entry("ACCUMULATE", tf32, dense("tf32", *ACCUMULATE), functools.partial(exact_passes, tf32=True), 5e-3),
     ]  # fmt: skip
 
 
-def pass_calls(dtype: torch.dtype, tf32: bool = False, **options: Any) -> Calls:
-    """Passes over token-major A that give Y and A Yᵀ."""
+def run_pass(problem: tuple, tf32: bool, **options: Any) -> Tensor:
+    """A pass over A: Y and A Yᵀ."""
+    Y, Z, A, ZtZ = problem
+    out = torch.empty_like(Y)
+    with product_precision(A.device, tf32):
+        result = tile_pass.coefficient_pass(Y, Z, A, ZtZ, out=out, **options)
+    return torch.cat([out.flatten(), result.AYt.flatten()])
 
-    def call(problem: tuple) -> Tensor:
-        Y, Z, A, ZtZ = problem
-        out = torch.empty_like(Y)
-        with product_precision(A.device, tf32):
-            result = tile_pass.coefficient_pass(Y, Z, A, ZtZ, out=out, products="all", **options)
-        return torch.cat([out.flatten(), result.AYt.flatten()])
 
+def run_product(problem: tuple, tf32: bool) -> Tensor:
+    """``ZᵀA``."""
+    _, Z, A, _ = problem
+    with product_precision(A.device, tf32):
+        return _triton.sparse_product(Z, A)
+
+
+def layer_calls(run: Callable[..., Tensor], dtype: torch.dtype, tf32: bool = False, **options: Any) -> Calls:
+    """Of token-major A, as hooks deliver it: products with it are dense."""
     return {
-        f"k={k}": functools.partial(call, pass_problem(*size, k, dtype, token_major=True))
+        f"k={k}": functools.partial(run, pass_problem(*size, k, dtype, token_major=True), tf32, **options)
         for size, k in shapes([(LAYER, 100), (LAYER, 400)], [((64, 70), 3)])
     }
 
 
-def product_calls(dtype: torch.dtype, tf32: bool = False) -> Calls:
-    """Dense products of token-major A."""
-
-    def call(problem: tuple) -> Tensor:
-        _, Z, A, _ = problem
-        with product_precision(A.device, tf32):
-            return _triton.sparse_product(Z, A)
-
-    return {
-        f"k={k}": functools.partial(call, pass_problem(*size, k, dtype, token_major=True))
-        for size, k in shapes([(LAYER, 100), (LAYER, 400)], [((64, 70), 3)])
-    }
+def rows_problem(dtype: torch.dtype, keep: float) -> tuple:
+    """Of neuron-major A, a share of whose rows each feature keeps."""
+    return pass_problem(*shapes(LAYER, (300, 70)), shapes(100, 3), dtype, token_major=False, keep=keep)
 
 
 def gather_calls() -> Calls:
-    """Passes that gather rows of a neuron-major A of either dtype twice, of 0.5 % of them: always few enough."""
-
-    def call(problem: tuple) -> Tensor:
-        Y, Z, A, ZtZ = problem
-        out = torch.empty_like(Y)
-        result = tile_pass.coefficient_pass(Y, Z, A, ZtZ, out=out, products="kept")
-        return torch.cat([out.flatten(), result.AYt.flatten()])
-
-    size, k = shapes((LAYER, 100), ((300, 70), 3))
+    """Passes that gather rows of A of either dtype twice, of 0.5 % of them: always few enough."""
     return {
-        str(dtype)[6:]: functools.partial(call, pass_problem(*size, k, dtype, token_major=False, keep=0.005))
+        str(dtype)[6:]: functools.partial(run_pass, rows_problem(dtype, 0.005), False, products="kept")
         for dtype in (torch.bfloat16, torch.float32)
     }
 
 
 def share_calls(dtype: torch.dtype) -> Calls:
-    """Products with neuron-major A of ever larger shares of its rows, either side of where a dense one is faster."""
+    """Products with ever larger shares of the rows of A, either side of where a dense one is faster."""
     return {
-        f"keep={keep}": functools.partial(
-            _triton.sparse_product,
-            *pass_problem(*shapes(LAYER, (300, 70)), shapes(100, 3), dtype, token_major=False, keep=keep)[1:3],
-        )
+        f"keep={keep}": functools.partial(run_product, rows_problem(dtype, keep), False)
         for keep in shapes((0.01, 0.018, 0.026, 0.036, 0.05, 0.07, 0.1), (0.01, 0.1))
-    }  # fmt: skip
+    }
 
 
 def columns_calls() -> Calls:
@@ -498,7 +487,6 @@ def main() -> None:
     gpu_measure.SMOKE = arguments.smoke
     if DEVICE == "cpu" and not arguments.smoke:
         parser.error("torch finds no GPU here; --smoke tries the script out on the CPU")
-    arguments.out.mkdir(parents=True, exist_ok=True)
     committed = [entry.value() for entry in entries()]
     rows = []
     report = {
@@ -509,13 +497,13 @@ def main() -> None:
     }
     for row in tuned(arguments.seconds, 0 if arguments.smoke else WORKERS, 2 if arguments.smoke else None):
         rows.append(row)
-        write(arguments.out / "tune.json", json.dumps(report, indent=1))
+        write_json(arguments.out / "tune.json", report)
         measured = sum("share" in tried for tried in row["tried"])
         print(f"{row['entry']:<36} {measured:>2} measured: {found(row)}", flush=True)
     source = table_with(committed)
-    write(arguments.out / TABLE.name, source)
+    write_text(arguments.out / TABLE.name, source)
     if arguments.write:
-        write(TABLE, source)
+        write_text(TABLE, source)
 
 
 if __name__ == "__main__":

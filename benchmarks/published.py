@@ -15,7 +15,7 @@ from torch import Tensor
 class PublishedLoop:
     """State of the loop on ``A [d, n]`` (float32 or float64, any device).
 
-    ``step()`` runs one iteration and returns its loss, which is ``loss`` then.
+    ``step()`` runs one iteration and returns its loss.
     """
 
     def __init__(self, A: Tensor, k: int, keep: float = 0.01, ridge: float = 1e-6, seed: int = 0) -> None:
@@ -25,7 +25,6 @@ class PublishedLoop:
         self.ridge = ridge * torch.eye(k, dtype=A.dtype, device=A.device)
         self.Y = torch.rand(k, A.shape[1], generator=generator).clamp(min=1e-6).to(A)
         self.Z = torch.zeros(A.shape[0], k, dtype=A.dtype, device=A.device)
-        self.loss = math.inf
 
     def step(self) -> float:
         A, Y = self.A, self.Y
@@ -40,8 +39,7 @@ class PublishedLoop:
         Q_plus, Q_minus = (Q.abs() + Q) / 2, (Q.abs() - Q) / 2
         Y = Y * torch.sqrt((P_plus + Q_minus @ Y) / (P_minus + Q_plus @ Y + 1e-6))
         self.Z, self.Y = Z, Y
-        self.loss = float((A - Z @ Y).square().sum())
-        return self.loss
+        return float((A - Z @ Y).square().sum())
 
 
 def synthetic_activations(
