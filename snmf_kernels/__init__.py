@@ -5,10 +5,13 @@
 
 from . import ops, reference
 from ._backends import BackendError
+from ._checks import FitWarning
+from ._monitor import IterationState
+from ._outliers import OutlierWarning
 from ._version import __version__
 from .factorization import Certificate, Encoding, Factorization, StopReason
 from .many import FitManyError, fit_many
-from .solver import IterationState, fit
+from .solver import fit
 from .sparse import SparseColumns
 
 __all__ = [
@@ -17,7 +20,9 @@ __all__ = [
     "Encoding",
     "Factorization",
     "FitManyError",
+    "FitWarning",
     "IterationState",
+    "OutlierWarning",
     "SparseColumns",
     "StopReason",
     "__version__",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
+import sys
 from typing import Any
 
 import torch
@@ -37,3 +39,54 @@ def number(name: str, value: Any) -> float:
 def dtype_name(dtype: torch.dtype) -> str:
     """``float32`` of ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
+
+
+class FitWarning(UserWarning):
+    """A fit is possible, but its data or options look like a mistake."""
+
+
+def caller_level() -> int:
+    """The ``stacklevel`` at which a warning, raised where this is called, names the line that called the package."""
+    level, frame = 1, sys._getframe(1)
+    while (
+        frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "snmf_kernels"
+    ):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def device(name: str, value: torch.device | str) -> torch.device:
+    """A device that this torch can compute on."""
+    try:
+        wanted = torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{name}: wanted a device such as 'cpu' or 'cuda:0', got {value!r}") from error
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{name}: wanted {wanted}, but torch finds no CUDA or ROCm device; use {name}='cpu'")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"{name}: wanted {wanted}, but torch finds {torch.cuda.device_count()} such devices")
+    try:
+        usable = bool(torch.ones(1, device=wanted) == 1)
+    except (RuntimeError, AssertionError, NotImplementedError):  # "meta", or what this build of torch lacks
+        usable = False
+    if not usable:
+        raise ValueError(
+            f"{name}: wanted a device that this torch computes on, got {wanted}; use {name}='cpu'"
+        )
+    return wanted
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes that can still be allocated on a device; infinite where nobody knows."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as lines:
+            facts = dict(line.split(":", 1) for line in lines)
+        return float(facts["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return math.inf

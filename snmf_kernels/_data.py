@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +15,12 @@ from ._checks import dtype_name
 from .reference import dense_product, token_blocks
 from .sparse import PassResult, SparseColumns
 
-# Elements of A that are squared in float64 at a time.
-_SQUARE_ELEMENTS = {"cpu": 1 << 16}
+# Magnitudes whose squares, and sums of many of them, stay far inside the range of the dtype: A is divided by a power of
+# two where its largest value lies outside. Beyond the wider bounds products leave the range all the same.
+_SAFE = {torch.float32: (2.0**-30, 2.0**45), torch.float64: (2.0**-400, 2.0**400)}
+_BOUNDS = {torch.float32: (2.0**-110, 2.0**118), torch.float64: (2.0**-480, 2.0**480)}
+# Elements of A that are converted to float64 at a time for a Gram matrix: wide blocks, whose products are fast.
+_GRAM_ELEMENTS = {"cpu": 1 << 22}
 # Gram matrices of at least so many rows are computed as their upper blocks only.
 _BLOCKED_GRAM, _GRAM_BLOCK = 192, 96
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -63,32 +65,52 @@ def _from_numpy(name: str, array: np.ndarray) -> Tensor:
         array = array.astype(array.dtype.newbyteorder("="))
     if any(stride < 0 or stride % array.itemsize for stride in array.strides):
         array = np.ascontiguousarray(array)  # torch has no such strides
+    if not array.flags.writeable:
+        # A memmap opened for reading, say. Nothing here writes to it, and torch need not warn that one could.
+        array = np.asarray(_Writable(array))
     try:
-        with warnings.catch_warnings():
-            # A memmap opened for reading: nothing here writes to it.
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return torch.from_numpy(array)
+        return torch.from_numpy(array)
     except TypeError as error:
         raise TypeError(
             f"{name}: wanted dtype float16, bfloat16, float32 or float64, got {array.dtype}"
         ) from error
 
 
+class _Writable:
+    """The memory of an array, without its mark that it is read-only."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array  # keeps the memory alive
+        interface = dict(array.__array_interface__)
+        self.__array_interface__ = interface | {"data": (interface["data"][0], False)}
+
+
 def as_weights(token_weights: Any, matrix: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Token weights as ``[n]`` of the working dtype beside the matrix, or None."""
     if token_weights is None:
         return None
+    if not isinstance(token_weights, Tensor | np.ndarray | Sequence) or isinstance(token_weights, str):
+        raise TypeError(
+            "token_weights: wanted a tensor or array of one number for each token, 'clip' or None, "
+            f"got {token_weights!r}"
+        )
     weights = torch.as_tensor(token_weights)
     if weights.shape != matrix.shape[1:]:
         raise ValueError(
             f"token_weights: wanted one for each of the {matrix.shape[1]} tokens, got shape {tuple(weights.shape)}"
         )
-    weights = weights.detach().to(matrix.device, dtype)
+    weights = weights.detach().to(matrix.device)
     if not bool((weights.isfinite() & (weights >= 0)).all()):
         raise ValueError("token_weights: wanted finite numbers >= 0, got others; use 0 to leave a token out")
     if not bool((weights > 0).any()):
         raise ValueError("token_weights: wanted at least one above 0, got zeros only")
-    return weights
+    largest = float(weights.max())
+    if not 2.0**-40 <= largest <= 2.0**40:
+        raise ValueError(
+            f"token_weights: wanted a largest weight between 1e-12 and 1e12, got {largest:.3g}; only their ratios "
+            "matter, so divide them by the largest"
+        )
+    return weights.to(dtype)
 
 
 class DataMatrix:
@@ -109,7 +131,12 @@ class DataMatrix:
         self.kernels = kernels
         self.token_weights = token_weights
         self.scale: Tensor | None = None
+        # A power of two that A is divided by where its squares are formed, and one that it is divided by throughout.
+        self.magnitude = self.unit = 1.0
+        self._clipped = False
         self._inverse_scale: Tensor | None = None
+        self._squared_norm: Tensor | None = None
+        self._rows: tuple[Tensor, Tensor] | None = None
 
     @property
     def d(self) -> int:
@@ -131,20 +158,106 @@ class DataMatrix:
         """Where A lies."""
         return self.A.device
 
-    def scale_neurons(self) -> None:
-        """From now on stand for ``diag(1/s) A`` with s the root mean square of each neuron (1 where it is zero)."""
-        rms = (self.row_squares / self.total_weight).sqrt().to(self.dtype)
-        # The inverse of a subnormal number is infinite.
-        self.divide_neurons(torch.where(rms >= torch.finfo(self.dtype).tiny, rms, 1))
-
     def divide_neurons(self, scale: Tensor) -> None:
         """From now on stand for ``diag(1/scale) A``."""
         self.scale = scale
         self._inverse_scale = 1 / scale
+        self._squared_norm = None
+
+    def divide(self, unit: float) -> None:
+        """From now on stand for ``A / unit``, which is no neuron scale: see ``neuron_scale``."""
+        self.unit = unit
+        self.divide_neurons(torch.full((self.d,), unit, dtype=self.dtype, device=self.device))
+
+    @property
+    def neuron_scale(self) -> Tensor | None:
+        """The scale of each neuron, or None where all have the same."""
+        return self.scale if self.unit == 1 else None
+
+    def clip_tokens(self, weights: Tensor) -> None:
+        """From now on weigh the tokens' squared residuals so that loud tokens count as smaller ones."""
+        self.token_weights, self._clipped = weights, True
+        self._squared_norm = self._rows = None
 
     def squared_norm(self) -> Tensor:
         """``‖A‖²_F`` of the matrix this stands for, tokens weighted; a tensor without dimensions."""
-        return (self.row_squares * self._row_weights()).sum()
+        if self._squared_norm is None:
+            squares, _ = self.row_statistics()
+            inverse = self._inverse_scale
+            weighted = squares if inverse is None else squares * inverse.to(squares.dtype).square()
+            self._squared_norm = weighted.sum()
+        return self._squared_norm
+
+    def row_statistics(self) -> tuple[Tensor, Tensor]:
+        """Of each neuron the sum and the largest of its squared activations ``[d]``, tokens weighted, of A as it lies.
+
+        Raises:
+            ValueError: A is not finite, or beyond what the working dtype can multiply.
+        """
+        if self._rows is None:
+            self._rows = self._checked_rows()
+        return self._rows
+
+    def _checked_rows(self) -> tuple[Tensor, Tensor]:
+        squares, peaks = self._row_statistics()
+        low, high = _SAFE[self.dtype]
+        if self.magnitude == 1 and not low <= math.sqrt(float(peaks.max())) <= high:
+            self.magnitude = self._find_magnitude()
+            squares, peaks = self._row_statistics()
+        if not math.isfinite(float(squares.sum())):
+            self._refuse_non_finite()
+        return squares * self.magnitude**2, peaks.to(squares.dtype) * self.magnitude**2
+
+    def _row_statistics(self) -> tuple[Tensor, Tensor]:
+        """The same of ``A / magnitude``: squares in the working dtype, their sums in float64."""
+        squares = torch.zeros(self.d, dtype=precise_dtype(self.device), device=self.device)
+        peaks = torch.zeros(self.d, dtype=self.dtype, device=self.device)
+        weights = self.token_weights
+        for tokens, squared in self._squared_blocks():
+            if weights is None:
+                squares += squared.sum(1)
+            else:
+                squares += squared @ weights[tokens]
+                # A clipped token is a smaller one; a weight that was given says how often a token counts.
+                squared *= weights[tokens] if self._clipped else (weights[tokens] > 0)
+            peaks = torch.maximum(peaks, squared.amax(1))
+        return squares, peaks
+
+    def token_squares(self) -> tuple[Tensor, Tensor]:
+        """Of each token the squared norm in the matrix this stands for, and that of ``A / magnitude``, ``[n]`` each.
+
+        Token weights do not count. ``row_statistics`` must have been asked for before.
+        """
+        of_rows = torch.ones(2, self.d, dtype=self.dtype, device=self.device)
+        if self._inverse_scale is not None:
+            of_rows[0] = (self._inverse_scale * self.magnitude).square()
+        squares = torch.empty(2, self.n, dtype=self.dtype, device=self.device)
+        for tokens, squared in self._squared_blocks():
+            squares[:, tokens] = of_rows @ squared
+        return squares[0], squares[1]
+
+    def _squared_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        for tokens, block in self._raw_blocks():
+            values = block.to(self.dtype)
+            yield tokens, (values if self.magnitude == 1 else values / self.magnitude).square()
+
+    def _find_magnitude(self) -> float:
+        """The power of two below the largest magnitude in A, 1 for an all-zero A."""
+        largest = torch.stack([block.abs().amax() for _, block in self._raw_blocks()]).amax()
+        top = float(largest)
+        if not math.isfinite(top):
+            self._refuse_non_finite()
+        if top == 0:
+            return 1.0
+        low, high = _BOUNDS[self.dtype]
+        if not low <= top <= high:
+            small = top < low
+            raise ValueError(
+                f"A: its values are too {'small' if small else 'large'} for {dtype_name(self.dtype)}, in which their "
+                f"products {'vanish' if small else 'overflow'} (the largest magnitude is {top:.3g}); multiply A by a "
+                "constant that brings it near 1"
+            )
+        return 2.0 ** math.floor(math.log2(top))
 
     def columns(self, tokens: Tensor) -> Tensor:
         """A copy of the columns of some tokens, converted and scaled, ``[d, len(tokens)]``."""
@@ -209,8 +322,10 @@ class DataMatrix:
     ) -> PassResult:
         """``reference.coefficient_pass`` on these activations, for Z and ``AYt`` in their (scaled) units.
 
-        With ``residual``, that of ``A − Z Y`` in the original units is measured as well.
+        With ``residual``, that of ``A − Z Y`` in the original units is measured as well. ``token_weights`` among the
+        options are instead of those of this matrix.
         """
+        options.setdefault("token_weights", self.token_weights)
         result: PassResult = self.kernels.coefficient_pass(
             Y,
             self._for_raw(Z),
@@ -218,7 +333,6 @@ class DataMatrix:
             ZtZ,
             sweeps,
             residual_values=self.unscaled(Z).values if residual else None,
-            token_weights=self.token_weights,
             products=products,
             **options,
         )
@@ -232,16 +346,18 @@ class DataMatrix:
         product: Tensor = self.kernels.sparse_product(self._for_raw(Z), self.A[:, tokens])
         return product
 
-    def squared_residual(self, Z: SparseColumns, Y: Tensor) -> float:
-        """``‖A − Z Y‖²`` of the matrix this stands for and Z in its units, tokens weighted, from the residual."""
-        precise = precise_dtype(self.device)
-        total = torch.zeros((), dtype=precise, device=self.device)
-        dense = Z.to_dense().to(precise)
+    def squared_residual(self, Z: SparseColumns, Y: Tensor, dtype: torch.dtype) -> Tensor:
+        """``‖A − Z Y‖²`` of the matrix this stands for and Z in its units, tokens weighted, from the residual.
+
+        The residual is formed in ``dtype``; its squares are added up in float64 where there is one.
+        """
+        total = torch.zeros((), dtype=precise_dtype(self.device), device=self.device)
+        dense = Z.to_dense().to(dtype)
         for tokens, block in self._raw_blocks():
-            left = self.scaled(block.to(precise)) - dense @ Y[:, tokens].to(precise)
-            squares = left.square_().sum(0)
+            left = self.scaled(block.to(dtype)) - dense @ Y[:, tokens].to(dtype)
+            squares = left.square_().sum(0, dtype=total.dtype)
             total += (squares if self.token_weights is None else squares * self.token_weights[tokens]).sum()
-        return float(total)
+        return total
 
     def tail_energy(self, k: int) -> float:
         """``Σ_{i>k} σ_i²``, of the singular values of the matrix this stands for, tokens weighted."""
@@ -251,20 +367,16 @@ class DataMatrix:
         if k >= side:
             return 0.0
         gram = torch.zeros(side, side, dtype=precise, device=self.device)
-        scale = None if self._inverse_scale is None else self._inverse_scale.to(precise)[:, None]
+        scale = None if self._inverse_scale is None else self._inverse_scale.to(precise)
         roots = None if self.token_weights is None else self.token_weights.to(precise).sqrt()
-
-        def converted(tokens: slice, block: Tensor) -> Tensor:
-            block = block.to(precise) if scale is None else block.to(precise) * scale
-            return block if roots is None else block * roots[tokens]
-
-        for tokens, block in self._raw_blocks():
-            left = converted(tokens, block)
-            if smaller:
-                gram.addmm_(left, left.T)
-                continue
-            for others, other in self._raw_blocks():
-                gram[tokens, others] = left.T @ converted(others, other)
+        # Over the tokens, or over the neurons where they are more: each entry of A is converted once.
+        for part in token_blocks(self.A if smaller else self.A.T, _GRAM_ELEMENTS):
+            block = (self.A[:, part] if smaller else self.A[part]).to(precise, copy=True)
+            if scale is not None:
+                block *= (scale if smaller else scale[part])[:, None]
+            if roots is not None:
+                block *= roots[part] if smaller else roots
+            gram.addmm_(block, block.T) if smaller else gram.addmm_(block.T, block)
         # Ascending; rounding leaves those of a singular matrix a little below zero.
         return float(torch.linalg.eigvalsh(gram)[: side - k].clamp(min=0).sum())
 
@@ -280,28 +392,9 @@ class DataMatrix:
         """Z whose products with A as it lies are those of Z with the matrix this stands for."""
         return Z if self._inverse_scale is None else Z.scaled_rows(self._inverse_scale)
 
-    def _row_weights(self) -> Tensor | float:
-        return 1.0 if self._inverse_scale is None else self._inverse_scale.to(self.row_squares.dtype).square()
-
-    def _raw_blocks(self, elements: dict[str, int] | None = None) -> Iterator[tuple[slice, Tensor]]:
-        for tokens in token_blocks(self.A, elements):
+    def _raw_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        for tokens in token_blocks(self.A):
             yield tokens, self.A[:, tokens]
-
-    @cached_property
-    def row_squares(self) -> Tensor:
-        """The squares of each neuron's activations together, ``[d]``, tokens weighted, of A as it lies.
-
-        Raises:
-            ValueError: A is not finite.
-        """
-        squares = torch.zeros(self.d, dtype=precise_dtype(self.device), device=self.device)
-        for tokens, block in self._raw_blocks(_SQUARE_ELEMENTS):
-            squared = block.to(squares.dtype, copy=True).square_()
-            weights = None if self.token_weights is None else self.token_weights[tokens].to(squares.dtype)
-            squares += squared.sum(1) if weights is None else squared @ weights
-        if not bool(squares.sum().isfinite()):
-            self._refuse_non_finite()
-        return squares
 
     def _refuse_non_finite(self) -> None:
         count, first = 0, None
@@ -312,10 +405,7 @@ class DataMatrix:
                 row, column = (int(i) for i in bad.nonzero()[0])
                 first = (row, tokens.start + column, float(block[row, column]))
             count += found
-        if first is None:
-            raise ValueError(
-                "A: the squares of its values overflow; divide it by its largest magnitude first"
-            )
+        assert first is not None, "sums of squares overflow although all values are far below the bound"
         raise ValueError(
             f"A: wanted finite values, got {count} of {self.A.numel()} NaN or infinite, the first ({first[2]}) "
             f"at neuron {first[0]}, token {first[1]}; drop those tokens or replace the values"

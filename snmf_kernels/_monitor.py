@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._checks import dtype_name
 from ._data import relative, rounding
-from .factorization import StopReason
+from .factorization import Array, StopReason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,37 @@ class IterationState:
     loss: float
     relative_error: float
     best_relative_error: float
+    _factors: Factors | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def Z(self) -> Array:
+        """The features now, ``[d, k]`` in the units of A: a copy, computed when asked for.
+
+        Only while the callback runs. On a GPU, whose losses are read up to two iterations late, these are the factors
+        of the latest iteration.
+        """
+        return self._now()[0]()
+
+    @property
+    def Y(self) -> Array:
+        """The coefficients now, ``[k, n]``, that belong to ``Z``: a copy, see there."""
+        return self._now()[1]()
+
+    def _now(self) -> Factors:
+        if self._factors is None:
+            raise ValueError("the factors of an iteration can be read by a callback of fit, while it runs")
+        return self._factors
 
 
+# What gives Z, and what gives Y.
+Factors = tuple[Callable[[], Array], Callable[[], Array]]
 Callback = Callable[[IterationState], Any]
+
+
+# Numbers that say how far a fit has come.
+_KEPT = ("losses", "n_iter", "best", "_reference", "_stale")
+# A loss is known to some digits from Gram matrices if it is so many times the rounding error of their sums.
+_RESOLVED = 1e3
 
 
 class _Reading:
@@ -92,11 +120,19 @@ class Monitor:
         self._reference, self._stale = math.inf, 0
         self._lag = lag
         self._under_way: deque[_Reading] = deque()
+        # What callbacks may ask for, and whether a fit that has stalled has something else to try.
+        self.factors: Factors | None = None
+        self.on_stall: Callable[[], bool] = lambda: False
 
     @property
     def wants_more(self) -> bool:
         """Whether another iteration should start."""
-        return self.stop_reason is None and self.n_iter + len(self._under_way) < self._max_iter
+        return self.stop_reason is None and self.started < self._max_iter
+
+    @property
+    def started(self) -> int:
+        """How many iterations have started."""
+        return self.n_iter + len(self._under_way)
 
     @property
     def gain(self) -> float:
@@ -121,6 +157,24 @@ class Monitor:
         """Takes note of the loss after the last sweeps over Y, which no iteration belongs to."""
         self.losses.append(float(loss))
 
+    def start_from(self, loss: float) -> None:
+        """A given start has this loss: what does not fall below it is no progress."""
+        self.best = self._reference = loss
+
+    def unresolved(self) -> bool:
+        """Whether the best loss is so small that sums of Gram matrices hold few digits of it."""
+        return self.best <= _RESOLVED * self._rounding
+
+    def state(self) -> dict[str, Any]:
+        """What ``restore`` needs to go on, once nothing is under way."""
+        return {name: getattr(self, name) for name in _KEPT}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a ``state``."""
+        for name in _KEPT:
+            setattr(self, name, state[name])
+        self.losses = list(self.losses)
+
     def restart_patience(self) -> None:
         """Another phase begins: what the last one failed to gain does not count."""
         self._stale = 0
@@ -141,6 +195,7 @@ class Monitor:
             loss,
             relative(loss, self._squared_norm),
             relative(self.best, self._squared_norm),
+            self.factors,
         )
         # Every callback is told, also after one has asked to stop.
         asked = [bool(callback(state)) for callback in self._callbacks]
@@ -150,7 +205,7 @@ class Monitor:
             self.stop_reason = StopReason.CALLBACK
         elif self.best <= self._rounding:
             self.stop_reason = StopReason.EXACT
-        elif self._stale >= self._patience:
+        elif self._stale >= self._patience and not self.on_stall():
             self.stop_reason = StopReason.CONVERGED
         elif self.n_iter >= self._max_iter:
             self.stop_reason = StopReason.MAX_ITER

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._checks import dtype_name
-from ._data import DataMatrix, precise_dtype, rounding
+from ._data import DataMatrix, precise_dtype, relative, rounding
 from ._pivoting import Pivoting, price_in_sweeps
 from .sparse import PassResult, SparseColumns
 
@@ -93,7 +93,39 @@ class Problem:
         whole, crossed = self.data.squared_norm(), 2 * result.dot
         loss = whole + products.sum() + l2_term - crossed
         terms = products.abs_().sum() + l2_term + crossed.abs()
-        return torch.maximum(loss, rounding(self.data.dtype) * (terms - 3 * whole).clamp(min=0))
+        bounded = torch.maximum(loss, rounding(self.data.dtype) * (terms - 3 * whole).clamp(min=0))
+        return bounded * self.data.unit**2
+
+    def loss_of_residual(self, Z: SparseColumns, ZtZ: Tensor, Y: Tensor, YYt: Tensor) -> Tensor:
+        """The same objective with ``‖A − ZY‖²`` from the residual itself, which no cancellation blurs."""
+        energies = torch.diagonal(ZtZ).to(precise_dtype(ZtZ.device)).clamp(min=0)
+        loss = self.data.squared_residual(Z, Y, self.data.dtype)
+        if self.l2:
+            loss = loss + self.l2 * (energies * torch.diagonal(YYt)).sum()
+        if self.threshold:
+            weights = self.data.token_weights
+            used = Y.sum(1, dtype=energies.dtype) if weights is None else (Y @ weights).to(energies.dtype)
+            loss = loss + 2 * self.threshold * (energies.sqrt() * used).sum()
+        return loss * self.data.unit**2
+
+    def error(self, Z: SparseColumns, Y: Tensor, weights: Tensor | None) -> float:
+        """``‖A − ZY‖² / ‖A‖²`` in the original units with these token weights, from the residual itself."""
+        measured = self.data.coefficient_pass(
+            Z,
+            torch.eye(Z.k, dtype=Y.dtype, device=Y.device),
+            Y,
+            0,
+            out=Y,
+            residual=True,
+            token_weights=weights,
+        )
+        return relative(float(measured.residual), float(measured.data))
+
+    def measure(self, Z: SparseColumns, Y: Tensor, products: str | None = None) -> tuple[PassResult, Tensor]:
+        """A pass without a sweep on all features Z, and the objective."""
+        ZtZ = self.gram(Z)
+        result = self.update_coefficients(Z, ZtZ, Y, 0, out=Y, products=products)
+        return result, self.loss(result, ZtZ, self.data.gram_of_coefficients(Y))
 
     def solve_coefficients(
         self, Z: SparseColumns, tol: float, max_sweeps: int

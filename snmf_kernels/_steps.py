@@ -69,6 +69,20 @@ class State:
             self.Z.indices.copy_(Z.indices)
             self.Z.values.copy_(Z.values)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What ``restore`` needs, after the first step."""
+        Z = self.features()
+        tensors = {"Y": self.Y, "YYt": self.YYt, "loss": self.loss, "indices": Z.indices, "values": Z.values}
+        return tensors if self.AYt is None else tensors | {"AYt": self.AYt}
+
+    def restore(self, tensors: dict[str, Tensor], d: int) -> None:
+        """Goes on from ``tensors``."""
+        self.update(
+            Z=SparseColumns(tensors["indices"], tensors["values"], d),
+            AYt=tensors.get("AYt"),
+            **{name: tensors[name] for name in ("Y", "YYt", "loss")},
+        )
+
     def _set(self, name: str, value: Tensor | None) -> None:
         there = getattr(self, name, None)
         if there is value:

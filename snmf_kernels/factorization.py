@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import hashlib
-import json
 import math
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from . import _backends, _checks
 from ._data import DataMatrix, as_matrix, as_weights, precise_dtype, relative
+from ._files import read_bundle, write_bundle
 from ._precision import product_precision
 from ._problem import Problem, kept_count, kkt_residual
 from ._version import __version__
@@ -29,6 +25,8 @@ from .sparse import SparseColumns
 _FORMAT = "snmf_kernels.factorization"
 _FORMAT_VERSION = 1
 _TENSORS = ("indices", "values", "Y", "loss_history", "dead_features")
+_OPTIONAL = ("neuron_scale", "token_weights")
+_REMEDY = "fit again or take another copy"
 
 Array = Tensor | np.ndarray
 
@@ -99,7 +97,11 @@ class Factorization:
     Attributes:
         Z: features (neuron groups) in the units of A, ``[d, k]``; at most ``ceil(keep·d)`` non-zeros in each column.
         Y: non-negative coefficients ``[k, n]``.
-        relative_error: ``‖A − Z Y‖² / ‖A‖²``, computed from the residual itself, in the units of A.
+        relative_error: ``‖A − Z Y‖² / ‖A‖²``, computed from the residual itself, in the units of A: of all tokens
+            alike, or weighted as ``token_weights`` of ``fit`` were given. Clipped weights do not count in it.
+        clipped_error: the same where a token whose norm is over five times the median counts as one of median norm: an
+            error that a few far-out tokens (attention sinks) do not decide. It is ``relative_error`` where there are
+            none; None in files of versions that did not measure it.
         loss_history: the objective after each iteration, a tuple of floats. It is ``‖A − Z Y‖²``, of
             ``diag(1/s) A`` where a neuron scale s was asked for; taken from Gram matrices, so that its
             rounding error is about 1e-7 ``‖A‖²`` in float32. With penalties they are included. All but ``solver="mu"``
@@ -110,6 +112,8 @@ class Factorization:
         dead_features: indices of features with a zero column of Z or a zero row of Y, ascending.
         neuron_scale: the scale s ``[d]`` by which neurons were divided, or None.
         options: the options of ``fit``, as plain JSON values.
+        token_weights: the weights of the tokens' squared residuals in the objective ``[n]``, given or clipped; None for
+            ones.
     """
 
     Z: Array
@@ -122,6 +126,8 @@ class Factorization:
     dead_features: Array
     neuron_scale: Array | None
     options: Mapping[str, Any]
+    clipped_error: float | None = None
+    token_weights: Array | None = None
 
     @property
     def k(self) -> int:
@@ -140,8 +146,11 @@ class Factorization:
 
     def __repr__(self) -> str:
         d, k = self.Z.shape
+        clipped = ""
+        if self.clipped_error is not None and self.clipped_error != self.relative_error:
+            clipped = f"clipped_error={self.clipped_error:.4g}, "
         return (
-            f"Factorization(d={d}, k={k}, n={self.Y.shape[1]}, relative_error={self.relative_error:.4g}, "
+            f"Factorization(d={d}, k={k}, n={self.Y.shape[1]}, relative_error={self.relative_error:.4g}, {clipped}"
             f"n_iter={self.n_iter}, stop_reason={self.stop_reason.name}, backend={self.backend!r}, "
             f"dead_features={len(self.dead_features)})"
         )
@@ -182,13 +191,11 @@ class Factorization:
             relative_error=relative(float(measured.residual), float(measured.data)),
         )
 
-    def certificate(
-        self, A: Any, *, token_weights: Any = None, bound: bool = True, backend: str = "auto"
-    ) -> Certificate:
+    def certificate(self, A: Any, *, bound: bool = True, backend: str = "auto") -> Certificate:
         """How far this is from what can be shown to be optimal, for the activations it was fitted on.
 
         Args:
-            A, token_weights: as they were given to ``fit``.
+            A: as it was given to ``fit``. Tokens are weighted as they were there.
             bound: whether to compute the lower bound, which takes all eigenvalues of the smaller Gram matrix of A in
                 float64: seconds for 2,000 neurons, minutes and 1.6 GB for 14,000.
             backend: as for ``fit``.
@@ -200,11 +207,12 @@ class Factorization:
         wanted = (self.Z.shape[0], self.Y.shape[1])
         if tuple(matrix.shape) != wanted:
             raise ValueError(f"A: wanted the activations of the fit, {wanted}, got {tuple(matrix.shape)}")
-        if (token_weights is not None) != bool(self.options.get("weighted")):
-            had = "had" if self.options.get("weighted") else "had no"
-            raise ValueError(f"token_weights: the fit {had} weights; give what was given to fit")
+        if self.token_weights is None and self.options.get("weighted"):
+            raise ValueError(
+                "token_weights: the fit had some, and the version that wrote this file did not keep them; fit again"
+            )
         Y, Z = _tensor(self.Y).to(matrix.device), _tensor(self.Z).to(matrix.device)
-        weights = as_weights(token_weights, matrix, Z.dtype)
+        weights = as_weights(self.token_weights, matrix, Z.dtype)
         kernels = _backends.choose_all(matrix.device, Z.dtype, backend)
         with product_precision(matrix.device):
             data = DataMatrix(matrix, Z.dtype, kernels, weights)
@@ -213,7 +221,7 @@ class Factorization:
             measured = problem.update_coefficients(features, ZtZ, Y, 0, out=torch.empty_like(Y), measure=True)
             squared_norm = float(data.squared_norm())
             # From the residual, and from sums in float64: what is left of a good fit is lost in those of float32.
-            loss = data.squared_residual(features, Y)
+            loss = float(data.squared_residual(features, Y, precise_dtype(Y.device)))
             precise = Y.to(precise_dtype(Y.device))
             AYt, YYt = data.times_coefficients(precise), data.gram_of_coefficients(precise)
             gains = _gains_of_choosing_anew(features, AYt, YYt, problem.count)[
@@ -232,9 +240,11 @@ class Factorization:
         """What ``fit`` minimised, on other data, and the features in its units."""
         features = sparse_features(_tensor(self.Z).to(data.device))
         if self.neuron_scale is not None:
-            scale = _tensor(self.neuron_scale).to(data.device)
-            data.divide_neurons(scale)
-            features = features.scaled_rows(1 / scale)
+            data.divide_neurons(_tensor(self.neuron_scale).to(data.device))
+        elif self.options.get("unit", 1.0) != 1:
+            data.divide(self.options["unit"])
+        if data.scale is not None:
+            features = features.scaled_rows(1 / data.scale)
         problem = Problem(
             data,
             count=kept_count(self.options["keep"], data.d),
@@ -259,12 +269,14 @@ class Factorization:
         tensors = {
             "indices": sparse.indices,
             "values": sparse.values,
-            "Y": _tensor(self.Y).cpu().contiguous(),
+            "Y": _tensor(self.Y),
             "loss_history": torch.tensor(self.loss_history, dtype=torch.float64, device="cpu"),
-            "dead_features": _tensor(self.dead_features).cpu(),
+            "dead_features": _tensor(self.dead_features),
         }
-        if self.neuron_scale is not None:
-            tensors["neuron_scale"] = _tensor(self.neuron_scale).cpu()
+        for name in _OPTIONAL:
+            value = getattr(self, name)
+            if value is not None:
+                tensors[name] = _tensor(value)
         header = {
             "format": _FORMAT,
             "format_version": _FORMAT_VERSION,
@@ -272,19 +284,13 @@ class Factorization:
             "torch": torch.__version__,
             "d": int(self.Z.shape[0]),
             "relative_error": self.relative_error,
+            "clipped_error": self.clipped_error,
             "n_iter": self.n_iter,
             "stop_reason": self.stop_reason.name,
             "backend": self.backend,
             "options": dict(self.options),
         }
-        header["sha256"] = _checksum(header, tensors)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        try:
-            save_file(tensors, temporary, metadata={"snmf_kernels": json.dumps(header)})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_bundle(path, "snmf_kernels", header, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Factorization:
@@ -295,42 +301,23 @@ class Factorization:
             ValueError: not a file of ``save``, damaged, or of a newer format.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"path: no file {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                # Copies, for they begin where torch's own tensors do: on some processors the bits of products depend on
-                # it, and a loaded result shall do what the result itself does.
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # not a mapping
-        except SafetensorError as error:
-            raise ValueError(
-                f"path: {path} is damaged or no safetensors file ({error}); fit again or take another copy"
-            ) from error
-        if "snmf_kernels" not in metadata:
-            raise ValueError(
-                f"path: {path} was not written by Factorization.save (it has no snmf_kernels header)"
-            )
-        try:
-            header = json.loads(metadata["snmf_kernels"])
-        except json.JSONDecodeError as error:
-            raise _damaged(path, f"has an unreadable header ({error})") from error
-        if not isinstance(header, dict) or header.get("format") != _FORMAT:
-            found = header.get("format") if isinstance(header, dict) else header
-            raise ValueError(f"path: {path} holds {found!r}, wanted {_FORMAT!r}")
-        version = header.get("format_version")
-        if not isinstance(version, int):
-            raise _damaged(path, "names no format version")
-        if version > _FORMAT_VERSION:
-            raise ValueError(
-                f"path: {path} has format {version}, this version reads up to {_FORMAT_VERSION}; "
-                f"upgrade snmf-kernels (the file was written by {header.get('snmf_kernels')})"
-            )
-        missing = [name for name in _TENSORS if name not in tensors]
-        if missing:
-            raise _damaged(path, f"lacks {', '.join(missing)}")
-        if _checksum(header, tensors) != header.get("sha256"):
-            raise _damaged(path, "does not match its checksum")
+
+        def check(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+            if header.get("format") != _FORMAT:
+                raise ValueError(f"path: {path} holds {header.get('format')!r}, wanted {_FORMAT!r}")
+            version = header.get("format_version")
+            if not isinstance(version, int):
+                raise ValueError(f"path: {path} names no format version; it is damaged: {_REMEDY}")
+            if version > _FORMAT_VERSION:
+                raise ValueError(
+                    f"path: {path} has format {version}, this version reads up to {_FORMAT_VERSION}; "
+                    f"upgrade snmf-kernels (the file was written by {header.get('snmf_kernels')})"
+                )
+            missing = [name for name in _TENSORS if name not in tensors]
+            if missing:
+                raise ValueError(f"path: {path} lacks {', '.join(missing)}; it is damaged: {_REMEDY}")
+
+        header, tensors = read_bundle(path, "snmf_kernels", check, _REMEDY)
         return cls(
             Z=SparseColumns(tensors["indices"], tensors["values"], header["d"]).to_dense(),
             Y=tensors["Y"],
@@ -340,8 +327,9 @@ class Factorization:
             stop_reason=StopReason[header["stop_reason"]],
             backend=header["backend"],
             dead_features=tensors["dead_features"],
-            neuron_scale=tensors.get("neuron_scale"),
             options=header["options"],
+            clipped_error=header.get("clipped_error"),
+            **{name: tensors.get(name) for name in _OPTIONAL},
         )
 
 
@@ -365,18 +353,3 @@ def _gains_of_choosing_anew(Z: SparseColumns, AYt: Tensor, YYt: Tensor, count: i
 
 def _tensor(array: Array) -> Tensor:
     return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
-
-
-def _damaged(path: Path, what: str) -> ValueError:
-    return ValueError(f"path: {path} {what}; it is damaged: fit again or take another copy")
-
-
-def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the header (but for the checksum itself) and of all tensors."""
-    rest = {key: value for key, value in header.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from . import _checks
 from ._monitor import IterationState
+from ._progress import Progress
 from .factorization import Factorization
-from .solver import Progress, Task, fit, prepare
+from .solver import Task, fit, prepare
 
 # Members under way at once on a GPU: enough that one's small launches hide behind another's products, and as many
 # as have a hardware queue each (CUDA_DEVICE_MAX_CONNECTIONS), for others would wait for each other. Larger launches
@@ -25,7 +26,7 @@ from .solver import Progress, Task, fit, prepare
 # products.
 _AT_ONCE_ON_GPU = 8
 # What fit_many has of its own, or decides for each member.
-_OWN = ("A", "k", "seed", "callback", "progress")
+_OWN = ("A", "k", "seed", "callback", "progress", "checkpoint", "checkpoint_every")
 
 ManyCallback = Callable[[int, IterationState], Any]
 
@@ -115,7 +116,7 @@ class _Member:
     ) -> None:
         self.number = number
         self._arguments, self._settings = (A, k), settings | {"seed": seed}
-        self._callbacks = () if callback is None else (lambda state: callback(number, state),)
+        self._callback = None if callback is None else lambda state: callback(number, state)
         self._task: Task | None = None
         self._stream: torch.cuda.Stream | None = None
 
@@ -136,7 +137,7 @@ class _Member:
         try:
             with self._on_its_stream():
                 if self._task is None:
-                    self._task = prepare(*self._arguments, **self._settings, callbacks=self._callbacks)
+                    self._task = prepare(*self._arguments, **self._settings, callback=self._callback)
                 elif self._task.wants_more:
                     self._task.advance()
                 if self._task.wants_more:

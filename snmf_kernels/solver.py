@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,14 +15,18 @@ import torch
 from torch import Tensor
 
 from . import _backends, _checks
+from ._checkpoint import Checkpoint
+from ._checks import FitWarning
 from ._data import DataMatrix, as_matrix, as_weights, relative
-from ._loop import FastIterations, Iterations, PaperIterations
-from ._monitor import Callback, IterationState, Monitor
+from ._loop import FastIterations, Iterations, PaperIterations, Start
+from ._monitor import Callback, Monitor
+from ._outliers import scale_and_clip
 from ._precision import product_precision
 from ._problem import Problem, kept_count
+from ._progress import Progress
+from ._start import fixed_features, start_of
 from ._steps import Steps, lag_on
-from .factorization import Factorization, sparse_features
-from .init import FLOOR, INITS, kmeans_centroids
+from .factorization import Factorization
 from .sparse import PassResult, SparseColumns
 
 logger = logging.getLogger(__name__)
@@ -30,6 +36,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "auto": {
         "init": "kmeans",
         "neuron_scale": "rms",
+        "token_weights": "clip",
         "refit": "late",
         "sweeps": 10,
         "max_iter": 200,
@@ -40,6 +47,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "mu": {
         "init": "random",
         "neuron_scale": None,
+        "token_weights": None,
         "refit": False,
         "sweeps": 1,
         "max_iter": 1000,
@@ -65,6 +73,7 @@ class Options:
     max_active: int | None
     n_fixed: int
     weighted: bool
+    clip: bool
     ridge: float
     max_iter: int
     tol: float
@@ -100,7 +109,7 @@ class Options:
             "l2": self.l2,
             "max_active": self.max_active,
             "fixed": self.n_fixed,
-            "token_weights": self.weighted,
+            "token_weights": self.weighted or self.clip,
         }
         given = [name for name, value in extra.items() if value]
         if given:
@@ -117,13 +126,13 @@ def fit(
     solver: str = "auto",
     refit: bool | str | None = None,
     sweeps: int | None = None,
-    init: str | tuple[Any, Any] = "auto",
+    init: str | Factorization | tuple[Any, Any] = "auto",
     neuron_scale: str | None = "auto",
     l1: float = 0.0,
     l2: float = 0.0,
     max_active: int | None = None,
     fixed: Tensor | np.ndarray | None = None,
-    token_weights: Tensor | np.ndarray | None = None,
+    token_weights: Tensor | np.ndarray | str | None = "auto",
     ridge: float = 1e-6,
     max_iter: int | None = None,
     tol: float | None = None,
@@ -135,6 +144,8 @@ def fit(
     backend: str = "auto",
     callback: Callback | None = None,
     progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 10,
 ) -> Factorization:
     """Factorises activations into sparse signed features and non-negative coefficients, ``A ≈ Z Y``.
 
@@ -172,12 +183,17 @@ def fit(
             still.
         sweeps: over Y in an iteration. Default: ``d / k``, at least 2 and at most 10, and 1 for ``"mu"``.
         init: ``"kmeans"`` (default: spherical k-means of a sample of the tokens), ``"random"`` (the paper's, and the
-            default for ``"mu"``), ``"svd"``, or a pair ``(Z0 [d, k], Y0 [k, n])``. Of
-            the pair one may be None: without Y0 the start is the non-negative least squares solution on Z0;
-            Z0 is not used where Y0 is given, since step 1 computes Z from Y.
+            default for ``"mu"``) or ``"svd"``. Or factors to go on from: a :class:`Factorization`, or a pair
+            ``(Z0 [d, k], Y0 [k, n])``, in the units of A. ``"auto"`` continues them: its first loss is not above
+            theirs (without ``l1``), their supports stay until a step improves on them, and the result is no worse than
+            they are. Of a pair one may be None: without Y0 (or where a Factorization is of other tokens) the start is
+            the non-negative least squares solution on Z0; without Z0, Z is computed from Y0. ``"mu"`` computes Z from
+            Y0 in any case. Of a Z0 with more than ``ceil(keep·d)`` non-zeros in a column the largest are taken.
         neuron_scale: ``"rms"`` (default; not for ``"mu"``) divides each neuron by its root mean square before
-            factorising, so that a few loud neurons do not decide everything; Z and ``relative_error`` are in the
-            original units all the same. None: as it is.
+            factorising, so that a few loud neurons do not decide everything; at least by a twentieth of the median
+            one, and by more where a neuron fires on fewer than ten tokens (and 1 % of them), so that neurons that say
+            next to nothing do not count like others. Z and ``relative_error`` are in the original units all the same.
+            None: as it is.
         l1: penalty ``2 l1 ν Σ ‖z_i‖ y_it`` with ν the root mean square norm of a token: a feature is used on a token
             only as far as the token's projection on it exceeds the share ``l1`` of a typical token. For sparser Y,
             try 0.01 to 0.1. It decides Y; Z is chosen without it. Not for ``"mu"``, like the next four.
@@ -186,7 +202,11 @@ def fit(
             sweeps that make the last Y the optimum are left out then, since they would choose anew.
         fixed: features ``[d, f]``, ``f < k``, that stay as they are, in the units of A: they become the first
             columns of Z, and the other ``k - f`` explain the rest.
-        token_weights: ``[n]``, non-negative: the weight of each token's squared residual. 0 leaves a token out.
+        token_weights: the weight of each token's squared residual, ``[n]``, non-negative; 0 leaves a token out. Or
+            ``"clip"`` (default with ``neuron_scale="rms"``; not for ``"mu"``): a token whose norm is over twice the
+            median (of scaled neurons) counts as one of twice the median, so that a few loud tokens (attention sinks)
+            do not decide. None: all the same. An :class:`OutlierWarning` says so where 1 % of the tokens hold more
+            than 30 % of the energy.
         ridge: λ of step 1 and of the least squares on supports (``"auto"`` takes it for rows of Y at unit norm).
         max_iter: bound on the iterations. Default: 200, and 1000 for ``"mu"``.
         tol, patience: stop when the best loss has not fallen by the relative amount ``tol`` for ``patience``
@@ -202,15 +222,22 @@ def fit(
             are exact on tensor cores, in sweeps over Y, which are float32 multiply-adds, nor by ``encode`` and
             ``certificate``. No effect elsewhere. A process-wide setting of torch is put aside during the fit.
         backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"torch"``; a named backend runs or raises.
-        callback: called with an :class:`IterationState` after each iteration; returning True stops.
+        callback: called with an :class:`IterationState` after each iteration; returning True stops. Its ``Z`` and ``Y``
+            are the factors then.
         progress: show a progress bar on stderr (needs tqdm).
+        checkpoint: a file that the fit is kept in every ``checkpoint_every`` iterations. If it is there already, it is
+            read and the fit goes on from it, to the bits that an uninterrupted one has with this ``checkpoint_every``,
+            machine and number of threads; if it is of other data or options, it is refused. Only ``max_iter``, ``tol``
+            and ``patience`` may differ. A finished fit removes it.
+        checkpoint_every: see ``checkpoint``.
 
     Returns:
         A :class:`Factorization`, of the iteration with the smallest loss. Z and Y are numpy arrays where A is
         one, else tensors on the device of the computation.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; the text names it.
+        TypeError, ValueError: an argument is not as described, or the problem does not fit in memory; the text names
+            it.
         BackendError: the named backend cannot run here; the text says why.
     """
     with Progress(progress, "snmf_kernels.fit") as bar:
@@ -218,9 +245,10 @@ def fit(
             A, k, keep=keep, solver=solver, refit=refit, sweeps=sweeps, init=init, neuron_scale=neuron_scale,
             l1=l1, l2=l2, max_active=max_active, fixed=fixed, token_weights=token_weights, ridge=ridge,
             max_iter=max_iter, tol=tol, patience=patience, seed=seed, device=device, dtype=dtype,
-            allow_tf32=allow_tf32, backend=backend,
-            callbacks=(*bar.callbacks, *([callback] if callback else ())),
+            allow_tf32=allow_tf32, backend=backend, callback=callback, more_callbacks=bar.callbacks,
         )  # fmt: skip
+        if checkpoint is not None:
+            task.keep_in(checkpoint, _checks.integer("checkpoint_every", checkpoint_every, 1))
         while task.wants_more:
             task.advance()
         return task.result()
@@ -230,20 +258,45 @@ class Task:
     """A fit that goes on iteration by iteration, so that several may take turns."""
 
     def __init__(
-        self, problem: Problem, Y: Tensor, monitor: Monitor, options: Options, *, as_numpy: bool
+        self,
+        problem: Problem,
+        start: Start,
+        monitor: Monitor,
+        options: Options,
+        far_out: Tensor | None,
+        *,
+        as_numpy: bool,
     ) -> None:
         self._problem, self._options, self._as_numpy = problem, options, as_numpy
+        self._far_out = far_out
+        self._checkpoint: Checkpoint | None = None
+        self._checkpoint_every = 0
         data = problem.data
         steps = Steps(data.device, recordable=data.kernels.recordable and not problem.max_active)
         if data.device.type != "cpu":
-            Y = _with_aligned_rows(Y)
+            start = Start(_with_aligned_rows(start.Y), start.Z)
         self._iterations: Iterations
         if options.solver == "mu":
-            self._iterations = PaperIterations(problem, Y, monitor, options.sweeps, steps)
+            self._iterations = PaperIterations(problem, start, monitor, options.sweeps, steps)
         else:
             self._iterations = FastIterations(
-                problem, Y, monitor, options.sweeps, options.refit, steps, init=options.init
+                problem, start, monitor, options.sweeps, options.refit, steps, init=options.init
             )
+        monitor.factors = self._features_now, self._coefficients_now
+
+    def keep_in(self, path: str | os.PathLike[str], every: int) -> None:
+        """Goes on from the fit kept in this file, if it is there, and keeps this one in it from now on."""
+        energies, _ = self._problem.data.row_statistics()
+        options = dataclasses.asdict(self._options) | {"checkpoint_every": every}
+        checkpoint = Checkpoint(path, options, energies, self._problem.data.n)
+        kept = checkpoint.read()
+        if kept is not None:
+            tensors, numbers = kept
+            on_device = {name: tensor.to(self._problem.data.device) for name, tensor in tensors.items()}
+            self._iterations.restore(on_device, numbers["iterations"])
+            self._iterations.monitor.restore(numbers["monitor"])
+            logger.info("checkpoint: goes on after iteration %d", self._iterations.monitor.n_iter)
+        self._checkpoint, self._checkpoint_every = checkpoint, every
 
     @property
     def wants_more(self) -> bool:
@@ -254,14 +307,70 @@ class Task:
         """One iteration; raises FloatingPointError where sums have left the range of the dtype."""
         with product_precision(self._problem.data.device, self._options.allow_tf32):
             self._iterations.advance()
+            monitor = self._iterations.monitor
+            if self._checkpoint is None or monitor.started % self._checkpoint_every:
+                return
+            # What a GPU has under way is read first: a fit that goes on from here decides by the same losses.
+            monitor.finish()
+            if self.wants_more:
+                tensors, numbers = self._iterations.state()
+                self._checkpoint.write(tensors, {"iterations": numbers, "monitor": monitor.state()})
 
     def result(self) -> Factorization:
         """The factors, after the last iteration."""
         with product_precision(self._problem.data.device, self._options.allow_tf32):
-            Z, Y, measured = self._iterations.finish()
-            monitor = self._iterations.monitor
-            logger.debug("fit stopped after %d iterations: %s", monitor.n_iter, monitor.stop_reason)
-            return _result(self._problem, Z, Y, measured, monitor, self._options, as_numpy=self._as_numpy)
+            features, Y, measured = self._iterations.finish()
+            result = self._result(features, Y, measured)
+        if self._checkpoint is not None:
+            self._checkpoint.remove()
+        return result
+
+    def _result(self, features: SparseColumns, Y: Tensor, measured: PassResult) -> Factorization:
+        problem, monitor = self._problem, self._iterations.monitor
+        data = problem.data
+        logger.debug("fit stopped after %d iterations: %s", monitor.n_iter, monitor.stop_reason)
+        given = data.token_weights if self._options.weighted else None
+        error = relative(float(measured.residual), float(measured.data))
+        if self._options.clip and data.token_weights is not None:
+            error = problem.error(features, Y, given)
+        clipped_error = error
+        if self._far_out is not None:
+            clipped_error = problem.error(
+                features, Y, self._far_out if given is None else self._far_out * given
+            )
+        dead = ((features.values == 0).all(1) | (Y.amax(1) <= 0)).nonzero()[:, 0]
+        if len(dead):
+            logger.info(
+                "%d of %d features are dead (a zero column of Z or a zero row of Y)",
+                len(dead), self._options.k,
+            )  # fmt: skip
+        assert monitor.stop_reason is not None
+        return Factorization(
+            Z=self._give(data.unscaled(features).to_dense()),
+            Y=self._give(Y.contiguous()),
+            relative_error=error,
+            loss_history=tuple(monitor.losses),
+            n_iter=monitor.n_iter,
+            stop_reason=monitor.stop_reason,
+            backend=data.kernels.backend,
+            dead_features=self._give(dead),
+            neuron_scale=None if data.neuron_scale is None else self._give(data.neuron_scale),
+            options=dataclasses.asdict(self._options)
+            | {"l1_threshold": problem.threshold, "unit": data.unit},
+            clipped_error=clipped_error,
+            token_weights=None if data.token_weights is None else self._give(data.token_weights),
+        )
+
+    def _features_now(self) -> Tensor | np.ndarray:
+        features, _ = self._iterations.factors()
+        return self._give(self._problem.data.unscaled(features).to_dense())
+
+    def _coefficients_now(self) -> Tensor | np.ndarray:
+        _, Y = self._iterations.factors()
+        return self._give(Y.clone(memory_format=torch.contiguous_format))
+
+    def _give(self, tensor: Tensor) -> Tensor | np.ndarray:
+        return tensor.cpu().numpy() if self._as_numpy else tensor
 
 
 def _with_aligned_rows(Y: Tensor) -> Tensor:
@@ -281,13 +390,13 @@ def prepare(
     solver: str,
     refit: bool | str | None,
     sweeps: int | None,
-    init: str | tuple[Any, Any],
+    init: str | Factorization | tuple[Any, Any],
     neuron_scale: str | None,
     l1: float,
     l2: float,
     max_active: int | None,
     fixed: Tensor | np.ndarray | None,
-    token_weights: Tensor | np.ndarray | None,
+    token_weights: Tensor | np.ndarray | str | None,
     ridge: float,
     max_iter: int | None,
     tol: float | None,
@@ -297,17 +406,25 @@ def prepare(
     dtype: torch.dtype | None,
     allow_tf32: bool,
     backend: str,
-    callbacks: Iterable[Callback],
+    callback: Callback | None,
+    more_callbacks: Iterable[Callback] = (),
 ) -> Task:
     """Checks the arguments of :func:`fit`, and computes the start."""
     matrix = as_matrix("A", A)
     working = _working_dtype(dtype, matrix.dtype)
-    if solver not in DEFAULTS:
+    if not isinstance(solver, str) or solver not in DEFAULTS:
         raise ValueError(f"solver: wanted one of {', '.join(DEFAULTS)}, got {solver!r}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback: wanted a function of an IterationState, got {callback!r}")
     default = DEFAULTS[solver]
     if isinstance(init, str) and init == "auto":
         init = default["init"]
-    fixed_features = None if fixed is None else as_matrix("fixed", fixed)
+    if isinstance(neuron_scale, str) and neuron_scale == "auto":
+        neuron_scale = default["neuron_scale"]
+    if isinstance(token_weights, str) and token_weights == "auto":
+        token_weights = default["token_weights"] if neuron_scale == "rms" else None
+    clip = isinstance(token_weights, str) and token_weights == "clip"
+    fixed_matrix = None if fixed is None else as_matrix("fixed", fixed)
     options = Options(
         k=_checks.integer("k", k, 1),
         keep=_checks.number("keep", keep),
@@ -317,12 +434,13 @@ def prepare(
         if sweeps is None
         else _checks.integer("sweeps", sweeps, 1),
         init=init if isinstance(init, str) else "given",
-        neuron_scale=default["neuron_scale"] if neuron_scale == "auto" else neuron_scale,
+        neuron_scale=neuron_scale,
         l1=_checks.number("l1", l1),
         l2=_checks.number("l2", l2),
         max_active=None if max_active is None else _checks.integer("max_active", max_active, 1),
-        n_fixed=0 if fixed_features is None else fixed_features.shape[1],
-        weighted=token_weights is not None,
+        n_fixed=0 if fixed_matrix is None else fixed_matrix.shape[1],
+        weighted=token_weights is not None and not clip,
+        clip=clip,
         ridge=_checks.number("ridge", ridge),
         max_iter=default["max_iter"] if max_iter is None else _checks.integer("max_iter", max_iter, 1),
         tol=default["tol"] if tol is None else _checks.number("tol", tol),
@@ -332,19 +450,17 @@ def prepare(
         allow_tf32=_plain(allow_tf32),
         backend=backend,
     )
-    matrix = matrix.to(_device(device, matrix.device))
+    matrix = matrix.to(matrix.device if device is None else _checks.device("device", device))
     kernels = _backends.choose_all(matrix.device, working, backend, options.k)
+    _doubts(matrix, options)
     with product_precision(matrix.device, options.allow_tf32):
-        data = DataMatrix(matrix, working, kernels, as_weights(token_weights, matrix, working))
-        if options.neuron_scale == "rms":
-            data.scale_neurons()
+        weights = None if clip else as_weights(token_weights, matrix, working)
+        data = DataMatrix(matrix, working, kernels, weights)
+        data.row_statistics()  # refuses what is not finite, or out of range
+        if options.neuron_scale is None and data.magnitude != 1:
+            data.divide(data.magnitude)
+        far_out = scale_and_clip(data, scale=options.neuron_scale == "rms", clip=clip)
         squared_norm = float(data.squared_norm())
-        if 0 < squared_norm / matrix.numel() < torch.finfo(working).tiny:
-            raise ValueError(
-                f"A: its values are too small for {options.dtype}, in which their products vanish (root mean square "
-                f"{math.sqrt(squared_norm / matrix.numel()):.2g}); multiply A by a constant, or use "
-                "neuron_scale='rms' or dtype=torch.float64"
-            )
         problem = Problem(
             data,
             kept_count(options.keep, data.d),
@@ -352,19 +468,56 @@ def prepare(
             threshold=options.l1 * math.sqrt(squared_norm / data.total_weight),
             l2=options.l2,
             max_active=options.max_active or 0,
-            fixed=None if fixed_features is None else _fixed(fixed_features, data),
+            fixed=None if fixed_matrix is None else fixed_features(fixed_matrix, data),
         )
-        Y = _start(problem, init, options)
+        start = start_of(
+            problem, init, k=options.k, sweeps=options.sweeps, seed=options.seed, floored=solver == "mu"
+        )
         monitor = Monitor(
-            squared_norm,
+            squared_norm * data.unit**2,
             working,
             options.max_iter,
             options.tol,
             options.patience,
-            callbacks,
+            (*more_callbacks, *([callback] if callback is not None else ())),
             lag=lag_on(data.device),
         )
-        return Task(problem, Y, monitor, options, as_numpy=isinstance(A, np.ndarray))
+        return Task(problem, start, monitor, options, far_out, as_numpy=isinstance(A, np.ndarray))
+
+
+def _doubts(A: Tensor, options: Options) -> None:
+    """Says before any work is done what cannot work, or looks like a mistake.
+
+    Raises:
+        ValueError: Y alone does not fit in memory.
+    """
+    (d, n), k = A.shape, options.k
+    needed = k * n * (8 if options.dtype == "float64" else 4)
+    free = _checks.available_memory(A.device)
+    if needed > free:
+        raise ValueError(
+            f"k: Y [k, n] = [{k}, {n}] would take {needed / 1e9:,.1f} GB in {options.dtype}, and "
+            f"{free / 1e9:,.1f} GB are free on {A.device}; use a smaller k or fewer tokens"
+        )
+    count = kept_count(options.keep, d)
+    if count < min(3, d):
+        warnings.warn(
+            f"keep: a feature would keep {count} of {d} neurons (keep = {options.keep:g}), which is hardly a group; "
+            f"use keep={min(1.0, math.ceil(300 / d) / 100):g} or more",
+            FitWarning,
+            stacklevel=_checks.caller_level(),
+        )
+    if k > n:
+        warnings.warn(
+            f"k: {k} features for {n} tokens: each token could have one of its own; use fewer features or more tokens",
+            FitWarning,
+            stacklevel=_checks.caller_level(),
+        )
+    # The width of an MLP is a multiple of 64; a number of tokens is one by chance.
+    if d > n and n % 64 == 0 and d % 64 != 0:
+        logger.warning(
+            "A has %d rows and %d columns, and rows are neurons: if yours are tokens, pass A.T", d, n
+        )
 
 
 def _default_sweeps(most: int, d: int, k: int) -> int:
@@ -377,166 +530,9 @@ def _plain(value: Any) -> Any:
     return bool(value) if isinstance(value, np.bool_) else value
 
 
-def _fixed(features: Tensor, data: DataMatrix) -> SparseColumns:
-    if features.shape[0] != data.d:
-        raise ValueError(
-            f"fixed: wanted {data.d} rows (neurons), as A has, got shape {tuple(features.shape)}"
-        )
-    given = _given("fixed", features, data)
-    assert given is not None
-    return sparse_features(data.scaled(given))
-
-
-def _start(problem: Problem, init: str | tuple[Any, Any], options: Options) -> Tensor:
-    """Y0 ``[k, n]`` in the working dtype. Floored for multiplicative updates: a zero would stay zero for ever."""
-    data = problem.data
-    if isinstance(init, str):
-        if init not in INITS:
-            raise ValueError(f"init: wanted one of {', '.join(INITS)} or a pair (Z0, Y0), got {init!r}")
-        return _drawn_start(problem, init, options)
-    if not isinstance(init, tuple) or len(init) != 2:
-        raise TypeError(
-            f"init: wanted one of {', '.join(INITS)} or a pair (Z0, Y0), got {type(init).__name__}"
-        )
-    Z0, Y0 = (_given(f"init[{i}]", value, data) for i, value in enumerate(init))
-    for i, (value, shape) in enumerate(((Z0, (data.d, options.k)), (Y0, (options.k, data.n)))):
-        if value is not None and value.shape != shape:
-            raise ValueError(f"init[{i}]: wanted shape {shape}, got {tuple(value.shape)}")
-    if Y0 is not None:
-        if bool((Y0 < 0).any()):
-            raise ValueError(f"init[1]: wanted Y0 >= 0, got {int((Y0 < 0).sum())} negative entries")
-        return _floored(Y0) if options.solver == "mu" else Y0.clone()
-    if Z0 is None:
-        raise ValueError(
-            "init: wanted Z0, Y0 or both, got (None, None); use init='random' for a random start"
-        )
-    Z0 = data.scaled(Z0)
-    start = sparse_features(Z0)
-    Y, *_ = problem.solve_coefficients(start, tol=1e-3, max_sweeps=100)
-    return _floored(Y) if options.solver == "mu" else Y
-
-
-def _drawn_start(problem: Problem, init: str, options: Options) -> Tensor:
-    data, free = problem.data, options.k - problem.n_fixed
-    generator = torch.Generator().manual_seed(options.seed)
-    centroids = (
-        kmeans_centroids(data, free, generator) if init == "kmeans" and options.solver != "mu" else None
-    )
-    if centroids is not None and centroids.shape[1] == free:
-        # Winner-take-all of the centroids and their coefficients take one sparse pass, and are nearer than memberships.
-        Z = problem.all_features(data.kernels.winner_take_all(centroids, problem.count))
-        Y = torch.zeros(options.k, data.n, dtype=data.dtype, device=data.device)
-        problem.update_coefficients(Z, problem.gram(Z), Y, options.sweeps, out=Y)
-        return Y
-    Y = INITS[init](data, free, generator)
-    if problem.fixed is None:
-        return Y
-    # What fixed features explain is not left for the others to start from.
-    of_fixed, *_ = problem.solve_coefficients(problem.fixed, tol=1e-3, max_sweeps=100)
-    return torch.cat([of_fixed, Y])
-
-
-def _floored(Y: Tensor) -> Tensor:
-    """Y without zeros: at least 1e-6 of each row's largest entry, whatever its scale (1e-6 where a row is zero)."""
-    largest = Y.amax(1, keepdim=True)
-    return torch.maximum(Y, FLOOR * torch.where(largest > 0, largest, 1))
-
-
-def _given(name: str, value: Any, data: DataMatrix) -> Tensor | None:
-    if value is None:
-        return None
-    matrix = as_matrix(name, value).to(data.device, data.dtype)
-    if not bool(matrix.isfinite().all()):
-        raise ValueError(
-            f"{name}: wanted finite values, got {int((~matrix.isfinite()).sum())} NaN or infinite"
-        )
-    return matrix
-
-
-def _result(
-    problem: Problem,
-    features: SparseColumns,
-    Y: Tensor,
-    measured: PassResult,
-    monitor: Monitor,
-    options: Options,
-    *,
-    as_numpy: bool,
-) -> Factorization:
-    data = problem.data
-    Z = data.unscaled(features).to_dense()
-    dead = ((features.values == 0).all(1) | (Y.amax(1) <= 0)).nonzero()[:, 0]
-    if len(dead):
-        logger.info(
-            "%d of %d features are dead (a zero column of Z or a zero row of Y)", len(dead), options.k
-        )
-    assert monitor.stop_reason is not None
-
-    def give(tensor: Tensor) -> Tensor | np.ndarray:
-        return tensor.cpu().numpy() if as_numpy else tensor
-
-    return Factorization(
-        Z=give(Z),
-        Y=give(Y.contiguous()),
-        relative_error=relative(float(measured.residual), float(measured.data)),
-        loss_history=tuple(monitor.losses),
-        n_iter=monitor.n_iter,
-        stop_reason=monitor.stop_reason,
-        backend=data.kernels.backend,
-        dead_features=give(dead),
-        neuron_scale=None if data.scale is None else give(data.scale),
-        options=dataclasses.asdict(options) | {"l1_threshold": problem.threshold},
-    )
-
-
-class Progress:
-    """A tqdm bar, or nothing."""
-
-    def __init__(self, wanted: bool, name: str, unit: str = "it", total: int | None = None) -> None:
-        self._bar: Any = None
-        if wanted:
-            try:
-                from tqdm.auto import tqdm
-            except ImportError as error:
-                raise ImportError("progress=True needs tqdm: pip install tqdm") from error
-            # Asked for by an argument, so the environment's TQDM_DISABLE does not apply.
-            self._bar = tqdm(total=total, desc=name, unit=unit, disable=False)
-
-    @property
-    def callbacks(self) -> tuple[Callback, ...]:
-        """For a bar over the iterations of one fit."""
-        return (self._show,) if self._bar is not None else ()
-
-    def advance(self) -> None:
-        """One more of ``total``."""
-        if self._bar is not None:
-            self._bar.update()
-
-    def _show(self, state: IterationState) -> None:
-        self._bar.total = state.max_iter
-        self._bar.set_postfix(relative_error=f"{state.best_relative_error:.5f}", refresh=False)
-        self._bar.update()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
 def _working_dtype(dtype: torch.dtype | None, of_data: torch.dtype) -> torch.dtype:
     if dtype is None:
         return torch.float64 if of_data == torch.float64 else torch.float32
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype: wanted torch.float32 or torch.float64 to compute in, got {dtype}")
     return dtype
-
-
-def _device(device: torch.device | str | None, of_data: torch.device) -> torch.device:
-    if device is None:
-        return of_data
-    wanted = torch.device(device)
-    if wanted.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: wanted {wanted}, but torch finds no CUDA or ROCm device; use device='cpu'")
-    return wanted

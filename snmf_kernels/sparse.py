@@ -40,6 +40,10 @@ class SparseColumns:
         """Number of columns."""
         return self.indices.shape[0]
 
+    def copied(self) -> SparseColumns:
+        """The same in memory of its own."""
+        return SparseColumns(self.indices.clone(), self.values.clone(), self.d)
+
     def scaled_rows(self, scale: Tensor) -> SparseColumns:
         """``diag(scale) Z`` for ``scale [d]``."""
         return SparseColumns(self.indices, self.values * scale[self.indices], self.d)

@@ -95,7 +95,7 @@ def test_encode_errors(fitted):
 def test_encode_notices_overflow(fitted):
     _, result = fitted
     for value, dtype in ((1e60, torch.float64), (3e38, torch.float32)):
-        with pytest.raises(FloatingPointError, match="A: its products with Z are not finite in float32"):
+        with pytest.raises(ValueError, match="A: its values are too large for float32"):
             result.encode(torch.full((90, 4), value, dtype=dtype))
 
 
@@ -164,7 +164,7 @@ def test_damaged_and_foreign_files(tmp_path, fitted):
     with pytest.raises(ValueError, match="does not match its checksum"):
         Factorization.load(path)
     save_file({"weight": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match="was not written by Factorization"):
+    with pytest.raises(ValueError, match="has no snmf_kernels header"):
         Factorization.load(path)
     save_file({"weight": torch.ones(2)}, path, metadata={"snmf_kernels": json.dumps({"format": "other"})})
     with pytest.raises(ValueError, match="holds 'other'"):
@@ -180,7 +180,7 @@ def test_a_damaged_header_is_noticed(tmp_path, fitted):
         flipped = bytearray(whole)
         flipped[position] ^= 1
         path.write_bytes(bytes(flipped))
-        with pytest.raises(ValueError, match=r"damaged|was not written by|holds|has format"):
+        with pytest.raises(ValueError, match=r"damaged|has no snmf_kernels header|holds|has format"):
             Factorization.load(path)
 
 

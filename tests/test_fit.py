@@ -245,7 +245,7 @@ def test_what_large_factors_leave_of_each_other_is_not_exact(dtype):
         Y = torch.cat([y, y + torch.rand(1, 30, generator=generator, dtype=dtype)])
         ZtZ = problem.gram(Z)
         result = problem.data.coefficient_pass(Z, ZtZ, Y, 0, out=Y)
-        wanted = problem.data.squared_residual(Z, Y)
+        wanted = float(problem.data.squared_residual(Z, Y, torch.float64))
         loss = problem.loss(result, ZtZ, problem.data.gram_of_coefficients(Y))
         exact = rounding(dtype) * float(problem.data.squared_norm())
         assert wanted > exact < float(loss)
@@ -415,7 +415,7 @@ REFUSALS = {
     ),
     "solver": (lambda: fit(MATRIX, 1, solver="als"), ValueError, "solver: wanted one of auto, mu, got 'als'"),
     "tiny values": (
-        lambda: fit(MATRIX.float() * 2.0**-80, 1, neuron_scale=None),
+        lambda: fit(MATRIX.float() * 2.0**-120, 1, neuron_scale=None),
         ValueError,
         "A: its values are too small for float32",
     ),
@@ -458,7 +458,7 @@ REFUSALS = {
     "overflow": (
         lambda: fit(torch.full((2, 2), 1e300, dtype=torch.float64), 1),
         ValueError,
-        "squares of its values overflow",
+        r"A: its values are too large for float64, in which their products overflow \(the largest magnitude is 1e\+300",
     ),
 }
 
@@ -488,14 +488,44 @@ def test_a_device_that_is_not_there():
         fit(torch.ones(3, 3), 1, device="cuda")
 
 
-def test_values_too_large_for_the_working_dtype():
-    A = torch.full((4, 5), 1e30) * torch.rand(4, 5)
-    with pytest.raises(FloatingPointError, match="divide them by their largest magnitude"):
-        fit(A, 2, keep=1.0, neuron_scale=None)
-    with pytest.raises(FloatingPointError, match="of a given start, are too large"):
-        fit(torch.rand(50, 60), 2, keep=0.2, init=(None, 1e25 * torch.rand(2, 60)))
-    assert fit(A, 2, keep=1.0, dtype=torch.float64).relative_error < 0.5
-    assert fit(A, 2, keep=1.0).relative_error < 0.5  # scaled neurons do not overflow
+@pytest.mark.parametrize("neuron_scale", [None, "rms"])
+@pytest.mark.parametrize(
+    ("dtype", "exponents"),
+    [(torch.float32, (-108, -60, 60, 110)), (torch.float64, (-470, -300, 300, 470))],
+)
+def test_a_power_of_two_in_the_data_changes_nothing_but_the_scale(dtype, exponents, neuron_scale):
+    A = planted(40, 60, 4, keep=0.1, noise=0.3, dtype=dtype)[0]
+    options = {"keep": 0.1, "neuron_scale": neuron_scale, "max_iter": 6}
+    plain = fit(A, 4, **options)
+    for exponent in exponents:
+        scaled = fit(A * 2.0**exponent, 4, **options)
+        assert torch.equal(scaled.Z * 2.0**-exponent != 0, plain.Z != 0)
+        # One factor of the power is in Z.
+        assert_near(scaled.Z * 2.0**-exponent, plain.Z, 1e-4)
+        assert scaled.relative_error == pytest.approx(plain.relative_error, rel=1e-5)
+        assert (scaled.neuron_scale is None) == (neuron_scale is None)
+        unit = 4.0**exponent if neuron_scale is None else 1.0
+        assert scaled.loss_history == pytest.approx([loss * unit for loss in plain.loss_history], rel=1e-5)
+        code = scaled.encode(A * 2.0**exponent)
+        assert_near(code.Y, plain.encode(A).Y, 1e-3)
+
+
+@pytest.mark.parametrize("neuron_scale", [None, "rms"])
+@pytest.mark.parametrize(
+    ("dtype", "exponent"),
+    [(torch.float32, -115), (torch.float32, 124), (torch.float64, -550), (torch.float64, 540)],
+)
+def test_data_that_products_lose_is_refused_by_name(dtype, exponent, neuron_scale):
+    A = planted(40, 60, 4, keep=0.1, noise=0.3, dtype=dtype)[0] * 2.0**exponent
+    wanted = f"A: its values are too {'small' if exponent < 0 else 'large'} for {dtype}".replace("torch.", "")
+    with pytest.raises(ValueError, match=wanted):
+        fit(A, 4, keep=0.1, neuron_scale=neuron_scale)
+
+
+def test_a_given_start_may_be_of_any_scale():
+    A, Y0, _ = problem()
+    plain, scaled = (fit(A, 5, keep=0.1, init=(None, scale * Y0), max_iter=4) for scale in (1.0, 2.0**-600))
+    assert_near(scaled.Z @ scaled.Y, plain.Z @ plain.Y, 1e-6)
 
 
 def test_loss_history_matches_dense_losses():

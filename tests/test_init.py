@@ -8,13 +8,14 @@ from problems import planted
 
 from snmf_kernels import _backends, fit
 from snmf_kernels._data import DataMatrix
+from snmf_kernels._outliers import scale_and_clip
 from snmf_kernels.init import FLOOR, INITS, kmeans_init, random_init, svd_init
 
 
 def data_of(A, scaled=False):
     matrix = DataMatrix(A, A.dtype, _backends.choose_all(A.device, A.dtype))
     if scaled:
-        matrix.scale_neurons()
+        scale_and_clip(matrix, scale=True, clip=False)
     return matrix
 
 

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from snmf_kernels import _files
+from snmf_kernels._files import replacing
+
 _HEADER = "snmf_interp"
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``, which takes its place when the block ends well, else goes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,12 +42,7 @@ def write_bundle(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Te
         header: JSON values; its ``format`` and ``version`` say what the file is.
         tensors: the rest.
     """
-    from safetensors.torch import save_file
-
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    checked = {**header, "sha256": _checksum(header, stored)}
-    with replacing(path) as temporary:
-        save_file(stored, temporary, metadata={_HEADER: json.dumps(checked)})
+    _files.write_bundle(path, _HEADER, header, tensors)
 
 
 def read_bundle(path: Path, wanted: str, version: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -69,36 +52,16 @@ def read_bundle(path: Path, wanted: str, version: int) -> tuple[dict[str, Any], 
         FileNotFoundError: no such file.
         ValueError: it is damaged, no such file as ``wanted`` names, or of a newer version.
     """
-    from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise FileNotFoundError(f"path: no file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
-            # Copies, for they begin where torch's own tensors do: on some processors the bits of products depend on it,
-            # and what goes on from a file shall end as what was never stopped.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # not a mapping
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"path: {path} is damaged or no safetensors file ({error})") from error
-    if not isinstance(header, dict) or header.get("format") != wanted:
-        found = header.get("format") if isinstance(header, dict) else header
-        raise ValueError(f"path: {path} holds {found!r}, wanted {wanted!r}")
-    if not isinstance(header.get("version"), int) or header["version"] > version:
-        raise ValueError(
-            f"path: {path} has version {header.get('version')!r}, this package reads up to {version}; upgrade it"
-        )
-    if header.pop("sha256", None) != _checksum(header, tensors):
-        raise ValueError(f"path: {path} does not match its checksum; it is damaged: make it again")
-    return header, tensors
+    def check(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        if header.get("format") != wanted:
+            raise ValueError(f"path: {path} holds {header.get('format')!r}, wanted {wanted!r}")
+        if not isinstance(header.get("version"), int) or header["version"] > version:
+            raise ValueError(
+                f"path: {path} has version {header.get('version')!r}, this package reads up to {version}; upgrade it"
+            )
 
-
-def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()
+    return _files.read_bundle(path, _HEADER, check, "make it again")
 
 
 def read_versioned(path: Path, wanted: int) -> dict[str, Any]:
