@@ -4,12 +4,14 @@
 """
 
 from . import ops, reference
-from ._backends import BackendError
+from ._backends import BackendError, warn_without_extension
 from ._version import __version__
 from .factorization import Certificate, Encoding, Factorization, StopReason
 from .many import FitManyError, fit_many
 from .solver import IterationState, fit
 from .sparse import SparseColumns
+
+warn_without_extension()
 
 __all__ = [
     "BackendError",
