@@ -2,7 +2,7 @@
 
 SNMF_CUDA=auto|0|1   auto (default): CUDA code when a toolkit is found and works; 0: never; 1: a failure is an error.
 SNMF_CUDA_ARCHS      compute capabilities, default "80;90" (the last one is also embedded as PTX).
-SNMF_EXTENSION=1|0   0: no compiler is needed and nothing compiled, everything runs in plain torch, several times slower.
+SNMF_EXTENSION=1|0   0: nothing is compiled, and everything runs in plain torch, several times slower.
 CXX                  the C++ compiler.
 """
 
@@ -154,7 +154,10 @@ class BuildKernels(build_ext):
         command = (getattr(self.compiler, "compiler_cxx", None) or ["c++"])[0]
         if shutil.which(command) is None:
             raise SystemExit(HELP.format(reason=f"there is no C++ compiler ({command} is not found)"))
-        printed = subprocess.run([command, "-dumpfullversion"], capture_output=True, text=True)
+        # The first is gcc's option for all three numbers, the second clang's.
+        printed = subprocess.run(
+            [command, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True
+        )
         return f"{Path(command).name}-{printed.stdout.strip() or 'unknown'}"
 
     def build_cuda(self, build: Path) -> tuple[list[str], list[tuple[str, str]], list[str]] | None:

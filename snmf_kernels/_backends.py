@@ -44,9 +44,11 @@ PROVIDES = {
 }
 # What completes a backend that does not provide every operation of `fit`.
 COMPANIONS = {"cpp": ("torch",), "triton": ("cuda", "torch"), "cuda": ("triton", "torch"), "torch": ()}
-# Measured on the default fit of 1,536 x 4,000 in float32, k = 100, backend="torch" against "cpp" in one process, two cores
-# of an AMD EPYC (Zen 5, AVX-512), torch 2.13 (MKL): 4.7 to 5.5 times on planted features, 9.7 on noise.
-WITHOUT_EXTENSION = "snmf_kernels runs without its compiled kernels, and a fit on a CPU takes 5 to 10 times as long"
+# Measured on the default fit of 1,536 x 4,000 in float32, k = 100, backend="torch" against "cpp" in one process, two
+# cores of an AMD EPYC (Zen 5, AVX-512), torch 2.13 (MKL): 4.7 to 5.5 times on planted features, 9.7 on noise.
+WITHOUT_EXTENSION = (
+    "snmf_kernels runs without its compiled kernels, and a fit on a CPU takes 5 to 10 times as long"
+)
 _MODULES = {"cpp": "_cpp", "triton": "_triton", "cuda": "_cuda", "torch": "reference"}
 
 

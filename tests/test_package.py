@@ -87,7 +87,9 @@ def test_a_missing_extension_is_explained(without_extension):
 
 def test_a_missing_extension_is_warned_of_once(without_extension, tmp_path):
     script = tmp_path / "importer.py"
-    script.write_text("import torch\nimport snmf_kernels\nimport snmf_kernels.ops\nfrom snmf_kernels import fit\n")
+    script.write_text(
+        "import torch\nimport snmf_kernels\nimport snmf_kernels.ops\nfrom snmf_kernels import fit\n"
+    )
     run = python(f"import runpy; runpy.run_path({str(script)!r})", **without_extension)
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("Warning") == 1, run.stderr
