@@ -1,4 +1,4 @@
-"""The CPU kernels built by other compilers and run on other processors than this machine's.
+"""Compilers: what setup.py says of missing and old ones, and the CPU kernels of others than this machine's.
 
 The oldest g++ that setup.py promises, and a cross-compiler for aarch64, with setup.py's flags and warnings as errors.
 What they make runs the cases of ``csrc/kernels_sanitized.cpp``, without sanitizers, on emulated processors: the v2
@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -99,3 +100,51 @@ def build(target: Target, folder: Path) -> Path:
     made = run(target.compiler, "-fopenmp", *target.link, *objects, "-o", folder / "kernels")
     assert made.returncode == 0, made.stderr
     return folder / "kernels"
+
+
+@pytest.fixture
+def setup(tmp_path):
+    """Runs setup.py build_ext with these variables, as pip does, with a stand-in for pybind11."""
+    (tmp_path / "pybind11.py").write_text("def get_include():\n    return ''\n")
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path]
+
+    def run_setup(**variables: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONPATH": str(tmp_path), "SNMF_CUDA": "0"} | variables
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+
+    return run_setup
+
+
+def test_a_missing_compiler_is_said_in_a_few_lines(setup):
+    made = setup(CXX="no-such-compiler")
+    assert made.returncode == 1
+    assert "there is no C++ compiler (no-such-compiler is not found)" in made.stderr
+    for advice in (
+        "g++ 11 or newer",
+        "apt install g++",
+        "dnf install gcc-c++",
+        "conda install gxx",
+        "xcode-select",
+    ):
+        assert advice in made.stderr
+    assert "SNMF_EXTENSION=0" in made.stderr
+    assert made.stderr.count("\n") < 12
+
+
+def test_a_failing_compiler_is_named_before_its_own_messages(setup, tmp_path):
+    old = tmp_path / "old-g++"
+    old.write_text('#!/bin/sh\ncase "$*" in -dump*) echo 9.4.0;; *) echo bad value >&2; exit 1;; esac\n')
+    old.chmod(0o755)
+    made = setup(CXX=str(old))
+    assert made.returncode == 1
+    named = made.stderr.index("compiling with old-g++-9.4.0; needed: g++ 11 or newer")
+    failed = made.stderr.index("old-g++-9.4.0 failed, its messages are above")
+    assert named < made.stderr.index("bad value") < failed
+    assert "Traceback" not in made.stderr
+
+
+def test_the_extension_can_be_left_out(setup):
+    assert setup(SNMF_EXTENSION="0", CXX="no-such-compiler").returncode == 0
+    refused = setup(SNMF_EXTENSION="no")
+    assert refused.returncode == 1
+    assert "SNMF_EXTENSION: wanted 0 or 1, got 'no'" in refused.stderr
