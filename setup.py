@@ -2,6 +2,8 @@
 
 SNMF_CUDA=auto|0|1   auto (default): CUDA code when a toolkit is found and works; 0: never; 1: a failure is an error.
 SNMF_CUDA_ARCHS      compute capabilities, default "80;90" (the last one is also embedded as PTX).
+SNMF_EXTENSION=1|0   0: nothing is compiled, and everything runs in plain torch, several times slower.
+CXX                  the C++ compiler.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pybind11 import get_include
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
 
 ROOT = Path(__file__).parent
 CSRC = Path("csrc")
@@ -35,6 +39,17 @@ LEVELS = (
 FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]
 FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
+
+# The lowest versions that the code has been built and tested with.
+NEEDED = "g++ 11 or newer, or clang++ 14 or newer with its OpenMP library (Debian: libomp-dev)"
+HELP = f"""\
+snmf_kernels: {{reason}}. Needed are Python's headers and a C++ compiler: {NEEDED}.
+    Debian, Ubuntu  apt install g++ python3-dev
+    Fedora, RHEL    dnf install gcc-c++ python3-devel
+    conda           conda install gxx
+    macOS           xcode-select --install
+CXX=... names a compiler elsewhere. With SNMF_EXTENSION=0 in the environment nothing is compiled: everything then runs
+in plain torch, several times slower on a CPU."""
 
 
 class NoToolkit(Exception):
@@ -75,15 +90,29 @@ def find_toolkit() -> tuple[Path, str]:
     raise NoToolkit("no nvcc in CUDA_HOME, CUDA_PATH, /usr/local/cuda or on the PATH")
 
 
+class Build(build):
+    """The extension first: what it fails for is not to be looked for behind a hundred lines about copied files."""
+
+    sub_commands = sorted(build.sub_commands, key=lambda command: command[0] != "build_ext")
+
+
 class BuildKernels(build_ext):
     """Per-file instruction levels, compiled side by side, and CUDA objects linked into the same module."""
 
     def build_extension(self, ext: Extension) -> None:
         build = Path(self.build_temp)
         build.mkdir(parents=True, exist_ok=True)
+        compiler = self.compiler_version()
+        python_headers = Path(sysconfig.get_path("include"))
+        if not (python_headers / "Python.h").is_file():
+            raise SystemExit(HELP.format(reason=f"no Python.h in {python_headers}"))
+        from pybind11 import get_include  # not for SNMF_EXTENSION=0
+
+        # Before what the compiler itself says: of an old one that is no more than that it knows no such option.
+        print(f"snmf_kernels: compiling with {compiler}; needed: {NEEDED}", file=sys.stderr)
         include = [get_include(), str(CSRC)]
         openmp = ["-fopenmp"] if sys.platform == "linux" else []
-        macros = [("SNMF_VERSION", VERSION), ("SNMF_COMPILER", self.compiler_version())]
+        macros = [("SNMF_VERSION", VERSION), ("SNMF_COMPILER", compiler)]
         objects, libraries = [], []
         cuda = self.build_cuda(build)
         if cuda:
@@ -105,21 +134,30 @@ class BuildKernels(build_ext):
                 extra_postargs=flags,
             )
 
-        with ThreadPoolExecutor() as pool:
-            for made in pool.map(compile_one, jobs.items()):
-                objects += made
-        self.compiler.link_shared_object(
-            objects,
-            self.get_ext_fullpath(ext.name),
-            libraries=libraries,
-            extra_postargs=openmp,
-            target_lang="c++",
-            build_temp=str(build),
-        )
+        try:
+            with ThreadPoolExecutor() as pool:
+                for made in pool.map(compile_one, jobs.items()):
+                    objects += made
+            self.compiler.link_shared_object(
+                objects,
+                self.get_ext_fullpath(ext.name),
+                libraries=libraries,
+                extra_postargs=openmp,
+                target_lang="c++",
+                build_temp=str(build),
+            )
+        except (CompileError, LinkError) as error:
+            raise SystemExit(HELP.format(reason=f"{compiler} failed, its messages are above")) from error
 
     def compiler_version(self) -> str:
-        command = self.compiler.compiler_cxx[0] if getattr(self.compiler, "compiler_cxx", None) else "c++"
-        printed = subprocess.run([command, "-dumpfullversion"], capture_output=True, text=True)
+        """Name and version of the compiler, which must be there."""
+        command = (getattr(self.compiler, "compiler_cxx", None) or ["c++"])[0]
+        if shutil.which(command) is None:
+            raise SystemExit(HELP.format(reason=f"there is no C++ compiler ({command} is not found)"))
+        # The first is gcc's option for all three numbers, the second clang's.
+        printed = subprocess.run(
+            [command, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True
+        )
         return f"{Path(command).name}-{printed.stdout.strip() or 'unknown'}"
 
     def build_cuda(self, build: Path) -> tuple[list[str], list[tuple[str, str]], list[str]] | None:
@@ -154,6 +192,9 @@ class BuildKernels(build_ext):
             "-fPIC,-fvisibility=hidden",
         ]
         command += ["-c", str(sources[0]), "-o", str(target), "--threads", "0"]
+        named = os.environ.get("CXX", "").split()
+        if len(named) == 1:  # more is a wrapper or options, which nvcc does not take
+            command += ["-ccbin", named[0]]
         for arch in archs:
             command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
         command += ["-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
@@ -174,7 +215,11 @@ class BuildKernels(build_ext):
         return [str(target), str(static_runtime(toolkit))], macros, ["dl", "rt", "pthread"]
 
 
-setup(
-    ext_modules=[Extension("snmf_kernels._C", [str(CSRC / "bindings.cpp")])],
-    cmdclass={"build_ext": BuildKernels},
-)
+def extensions() -> list[Extension]:
+    wanted = os.environ.get("SNMF_EXTENSION", "1")
+    if wanted not in ("0", "1"):
+        raise SystemExit(f"SNMF_EXTENSION: wanted 0 or 1, got {wanted!r}")
+    return [Extension("snmf_kernels._C", [str(CSRC / "bindings.cpp")])] if wanted == "1" else []
+
+
+setup(ext_modules=extensions(), cmdclass={"build": Build, "build_ext": BuildKernels})

@@ -6,17 +6,29 @@
 #include <string>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "kernels.hpp"
 
 namespace snmf {
 namespace {
+
+#if defined(__x86_64__)
+// Not __builtin_cpu_supports, to which clang 14 knows no such feature.
+bool has_f16c() {
+    unsigned eax, ebx, ecx = 0, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
 
 std::vector<const KernelTable*> available_tables() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     std::vector<const KernelTable*> tables{&table_v2};
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+                    __builtin_cpu_supports("bmi2") && has_f16c();
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");

@@ -4,7 +4,7 @@
 """
 
 from . import ops, reference
-from ._backends import BackendError
+from ._backends import BackendError, warn_without_extension
 from ._checks import FitWarning
 from ._monitor import IterationState
 from ._outliers import OutlierWarning
@@ -13,6 +13,8 @@ from .factorization import Certificate, Encoding, Factorization, StopReason
 from .many import FitManyError, fit_many
 from .solver import fit
 from .sparse import SparseColumns
+
+warn_without_extension()
 
 __all__ = [
     "BackendError",

@@ -33,7 +33,7 @@ def _facts() -> list[tuple[str, list[tuple[str, str]]]]:
     except ValueError as error:  # SNMF_CPU_ISA names no level
         module, info = str(error), None
     if info is None:
-        build = [("extension", str(module))]
+        build = [("extension", str(module)), ("speed", _backends.WITHOUT_EXTENSION)]
     else:
         build = [
             ("compiler", info["compiler"]),

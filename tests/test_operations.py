@@ -270,6 +270,19 @@ def test_instruction_levels(level, dtype):
         assert_near(ops.ridge_solve(G, B, ridge=0.1, backend="cpp")[0], wanted, SOLVE_TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
+@pytest.mark.parametrize("layout", ["neuron-major", "token-major", "strided"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_half_is_read_exactly(level, layout, dtype):
+    """Features of one neuron each give back what A holds; sizes leave remainders of vectors, which take other code."""
+    d, n = 71, 924
+    A = torch.arange(d * n).to(torch.int16).view(torch.float16).reshape(d, n)
+    assert len(A.view(torch.int16).unique()) == 1 << 16
+    Z = SparseColumns(torch.arange(d)[:, None], torch.ones(d, 1, dtype=dtype), d)
+    got = ops.sparse_product(Z, in_layout(A, layout), backend="cpp")
+    torch.testing.assert_close(got, A.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 def double(Z):
     return SparseColumns(Z.indices, Z.values.double(), Z.d)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -64,17 +65,44 @@ def test_level_cap():
         _backends.compiled_module().set_level("v9")
 
 
-def test_a_missing_extension_is_explained():
+@pytest.fixture
+def without_extension(tmp_path):
+    """Environment of a process in which _C cannot be imported, wherever it may lie."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['snmf_kernels._C'] = None\n")
+    inherited = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([str(tmp_path), *([inherited] if inherited else [])])}
+
+
+def test_a_missing_extension_is_explained(without_extension):
     code = (
-        "import sys; sys.modules['snmf_kernels._C'] = None\n"
         "import snmf_kernels, torch\n"
         "print(snmf_kernels.fit(torch.rand(20, 30), 3, keep=0.2, max_iter=2).backend)\n"
         "snmf_kernels.fit(torch.rand(20, 30), 3, backend='cpp')"
     )
-    run = python(code)
+    run = python(code, **without_extension)
     assert run.stdout.strip() == "torch", "auto falls back"
     assert "backend: 'cpp' cannot run here: snmf_kernels._C cannot be imported" in run.stderr
     assert "pip install -e ." in run.stderr
+
+
+def test_a_missing_extension_is_warned_of_once(without_extension, tmp_path):
+    script = tmp_path / "importer.py"
+    script.write_text(
+        "import torch\nimport snmf_kernels\nimport snmf_kernels.ops\nfrom snmf_kernels import fit\n"
+    )
+    run = python(f"import runpy; runpy.run_path({str(script)!r})", **without_extension)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("Warning") == 1, run.stderr
+    assert f"{script}:2: RuntimeWarning: {_backends.WITHOUT_EXTENSION}: snmf_kernels._C cannot" in run.stderr
+    # The page has it in rows of its own instead.
+    page = subprocess.run(
+        [sys.executable, "-m", "snmf_kernels"],
+        capture_output=True, text=True, timeout=120, env=os.environ | without_extension,
+    )  # fmt: skip
+    assert page.returncode == 0, page.stderr
+    assert page.stderr == ""
+    assert re.search(r"^  extension +snmf_kernels\._C cannot be imported", page.stdout, re.MULTILINE)
+    assert f"  speed         {_backends.WITHOUT_EXTENSION}\n" in page.stdout
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

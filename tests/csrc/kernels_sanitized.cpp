@@ -154,6 +154,24 @@ Strides strides_of(int layout, int64_t rows, int64_t columns) {
     }
 }
 
+// Halves by their definition, for not every compiler has a type for them.
+double value_of_half(uint16_t bits) {
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const double infinite = fraction ? std::numeric_limits<double>::quiet_NaN() : std::numeric_limits<double>::infinity();
+    const double value = exponent == 31 ? infinite
+                         : exponent     ? std::ldexp(1024 + fraction, exponent - 25)
+                                        : std::ldexp(fraction, -24);
+    return bits >> 15 ? -value : value;
+}
+// The nearest one towards zero.
+uint16_t half_of_value(double value) {
+    if (std::isnan(value)) return 0x7e00;
+    int bits = 0;
+    for (int bit = 1 << 14; bit; bit >>= 1)
+        if (value_of_half(static_cast<uint16_t>(bits | bit)) <= std::fabs(value)) bits |= bit;
+    return static_cast<uint16_t>(bits | (std::signbit(value) ? 1 << 15 : 0));
+}
+
 // Activations A [d, n] of any element type.
 class Activations : Memory {
   public:
@@ -165,11 +183,10 @@ class Activations : Memory {
         if (place >= allocated_) return;
         char* target = first_ + place * size_of(type);
         const float single = static_cast<float>(value);
-        const _Float16 half = static_cast<_Float16>(single);
         switch (type) {
             case DType::f32: std::memcpy(target, &single, 4); break;
             case DType::f64: std::memcpy(target, &value, 8); break;
-            case DType::f16: std::memcpy(target, &half, 2); break;
+            case DType::f16: put_half(row, token, half_of_value(value)); break;
             default: {
                 uint32_t bits;
                 std::memcpy(&bits, &single, 4);
@@ -178,17 +195,21 @@ class Activations : Memory {
             }
         }
     }
+    void put_half(int64_t row, int64_t token, uint16_t bits) {
+        const int64_t place = row * strides.row + token * strides.column;
+        if (place < allocated_) std::memcpy(first_ + place * 2, &bits, 2);
+    }
     double at(int64_t row, int64_t token) const {
         const int64_t place = row * strides.row + token * strides.column;
         if (place >= allocated_) return 0;
         const char* source = first_ + place * size_of(type);
         float single;
         double value;
-        _Float16 half;
+        uint16_t half;
         switch (type) {
             case DType::f32: std::memcpy(&single, source, 4); return static_cast<double>(single);
             case DType::f64: std::memcpy(&value, source, 8); return value;
-            case DType::f16: std::memcpy(&half, source, 2); return static_cast<double>(half);
+            case DType::f16: std::memcpy(&half, source, 2); return value_of_half(half);
             default: {
                 uint16_t upper;
                 std::memcpy(&upper, source, 2);
@@ -620,9 +641,30 @@ class Suite {
             for (int repeat = 0; repeat < 8; ++repeat) any_product_case(37, W + 3, 5, 6, static_cast<Values>(values));
         any_product_case(0, 3, 2, 0, benign);
         any_product_case(5, 3, 2, 0, benign);
+        for (int layout : {0, 2, 4}) every_half(layout);
         begin("more neurons than there is memory");
         expect_status(kernels_.sparse_product({nullptr, DType::f32, 1, 1, int64_t(1) << 40, 1, nullptr, nullptr, 1, 1,
                                                nullptr, 2}), 1);
+    }
+
+    // Features of one neuron each give back what A holds: the conversion is exact, NaN stays NaN.
+    void every_half(int layout) {
+        const int64_t d = 67, n = (1 << 16) / d + 1;
+        begin("every half, layout %d", layout);
+        Activations A(DType::f16, layout, d, n);
+        for (int64_t e = 0; e < d * n; ++e) A.put_half(e / n, e % n, static_cast<uint16_t>(e));
+        std::vector<int64_t> rows(d);
+        for (int64_t row = 0; row < d; ++row) rows[row] = row;
+        Buffer<int64_t> indices("indices", rows);
+        Buffer<T> kept("values", std::vector<T>(d, T(1))), out("out", d, n, n);
+        expect_status(kernels_.sparse_product({A.get(), DType::f16, A.strides.row, A.strides.column, d, n, indices.get(),
+                                               kept.get(), d, 1, out.get(), threads()}));
+        for (int64_t row = 0; row < d; ++row)
+            for (int64_t t = 0; t < n; ++t) {
+                const double got = static_cast<double>(out.at(row, t)), wanted = A.at(row, t);
+                if (got != wanted && !(std::isnan(got) && std::isnan(wanted)))
+                    fail("half %04x is read as %g", static_cast<unsigned>((row * n + t) & 0xffff), got);
+            }
     }
 
     void any_product_case(int64_t d, int64_t n, int64_t k, int64_t count, Values values) {
