@@ -2,14 +2,7 @@
 // _backends.py check what they pass. All kernels release the GIL.
 #include <pybind11/pybind11.h>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-#if defined(__unix__)
-#include <pthread.h>
-#endif
-
-#include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <new>
 #include <stdexcept>
@@ -34,17 +27,51 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-// A forked child inherits OpenMP's state but not its threads, and would wait for them for ever: it works serially.
-std::atomic<bool> forked{false};
-
 int usable_threads(int threads) {
     if (threads < 1) throw std::invalid_argument("threads: wanted at least 1, got " + std::to_string(threads));
-    return forked.load(std::memory_order_relaxed) ? 1 : threads;
+    return threads;
 }
 
-void check(int status) {
-    if (status) throw std::bad_alloc();
-}
+// A call of a kernel, which asks from time to time whether the user has pressed Ctrl-C, and says how far it is.
+class Call {
+  public:
+    explicit Call(PyObject* listener = nullptr) : listener_(listener) {}
+    snmf::Interrupt interrupt() { return {&Call::poll, this}; }
+
+    // Runs the kernel without the GIL, and raises what ended it early.
+    template <typename Kernel, typename Args>
+    void run(Kernel kernel, const Args& args) {
+        int status;
+        {
+            py::gil_scoped_release release;
+            status = kernel(args);
+        }
+        if (status == 2) throw py::error_already_set();
+        if (status) throw std::bad_alloc();
+    }
+
+  private:
+    using Clock = std::chrono::steady_clock;
+
+    // Non-zero once Python has an exception to raise, which stays set. Only Python's main thread hears of signals.
+    static int poll(void* context, double done) {
+        Call& call = *static_cast<Call*>(context);
+        const auto now = Clock::now();
+        if (now - call.last_ < std::chrono::milliseconds(50)) return 0;
+        py::gil_scoped_acquire acquire;
+        if (PyErr_CheckSignals()) return 1;
+        if (call.listener_ && call.listener_ != Py_None) {
+            PyObject* answer = PyObject_CallFunction(call.listener_, "d", done);
+            if (!answer) return 1;
+            Py_DECREF(answer);
+        }
+        call.last_ = Clock::now();
+        return 0;
+    }
+
+    PyObject* listener_;  // called with the share of the work that is done, if there is one
+    Clock::time_point last_ = Clock::now();
+};
 
 snmf::DType dtype_of(const std::string& name) {
     if (name == "float32") return snmf::DType::f32;
@@ -71,25 +98,26 @@ void with_type(const std::string& dtype, Run run) {
 
 void sweep(bool multiplicative, const std::string& dtype, Address Y, int64_t ldy, Address ZtA, int64_t ldp, Address ZtZ,
            Address out, int64_t ldo, int64_t k, int64_t n, double eps, int sweeps, int threads) {
+    Call call;
     with_type(dtype, [&](auto zero) {
         using T = decltype(zero);
         const snmf::CoefficientArgs<T> args{at<T>(Y), ldy, at<T>(ZtA), ldp, at<T>(ZtZ), at<T>(out), ldo,
-                                            k, n, static_cast<T>(eps), sweeps, usable_threads(threads)};
+                                            k, n, static_cast<T>(eps), sweeps, usable_threads(threads),
+                                            call.interrupt()};
         const auto& kernels = snmf::kernels().of<T>();
-        py::gil_scoped_release release;
-        check(multiplicative ? kernels.multiplicative_update(args) : kernels.coordinate_descent(args));
+        call.run(multiplicative ? kernels.multiplicative_update : kernels.coordinate_descent, args);
     });
 }
 
 void winner_take_all(const std::string& dtype, Address Z, int64_t row_stride, int64_t column_stride, int64_t d, int64_t k,
                      int64_t count, Address indices, Address values, int threads) {
+    Call call;
     with_type(dtype, [&](auto zero) {
         using T = decltype(zero);
         const snmf::SelectArgs<T> args{at<T>(Z), row_stride, column_stride, d, k, count,
-                                       at<int64_t>(indices), at<T>(values), usable_threads(threads)};
-        const auto& kernels = snmf::kernels().of<T>();
-        py::gil_scoped_release release;
-        check(kernels.winner_take_all(args));
+                                       at<int64_t>(indices), at<T>(values), usable_threads(threads),
+                                       call.interrupt()};
+        call.run(snmf::kernels().of<T>().winner_take_all, args);
     });
 }
 
@@ -97,14 +125,13 @@ void sparse_product(const std::string& dtype, const std::string& a_dtype, Addres
                     int64_t column_stride, int64_t d, int64_t n, Address indices, Address values, int64_t k,
                     int64_t count, Address out, int threads) {
     const snmf::DType a_type = dtype_of(a_dtype);
+    Call call;
     with_type(dtype, [&](auto zero) {
         using T = decltype(zero);
         const snmf::SparseProductArgs<T> args{at<void>(A), a_type, row_stride, column_stride, d, n,
                                               at<int64_t>(indices), at<T>(values), k, count, at<T>(out),
-                                              usable_threads(threads)};
-        const auto& kernels = snmf::kernels().of<T>();
-        py::gil_scoped_release release;
-        check(kernels.sparse_product(args));
+                                              usable_threads(threads), call.interrupt()};
+        call.run(snmf::kernels().of<T>().sparse_product, args);
     });
 }
 
@@ -112,9 +139,11 @@ py::tuple coefficient_pass(const std::string& dtype, const std::string& a_dtype,
                            int64_t column_stride, int64_t d, int64_t n, Address indices, Address values, int64_t k,
                            int64_t count, Address ZtZ, Address Y, int64_t ldy, Address out, int64_t ldo, Address row_scale,
                            Address shift, Address token_weights, Address AYt, Address feature_norms, int64_t max_active,
-                           Address residual_values, bool multiplicative, int sweeps, double eps, double tol, bool measure, int threads) {
+                           Address residual_values, bool multiplicative, int sweeps, double eps, double tol, bool measure, int threads,
+                           py::object listener) {
     const snmf::DType a_type = dtype_of(a_dtype);
     double sums[snmf::sum_count];
+    Call call(listener.ptr());
     with_type(dtype, [&](auto zero) {
         using T = decltype(zero);
         const snmf::PassArgs<T> args{at<void>(A), a_type, row_stride, column_stride, d, n,
@@ -122,48 +151,45 @@ py::tuple coefficient_pass(const std::string& dtype, const std::string& a_dtype,
                                      at<T>(out), ldo, at<T>(row_scale), at<T>(shift), at<T>(token_weights), at<T>(AYt),
                                      at<T>(feature_norms), max_active, at<T>(residual_values), sums,
                                      static_cast<T>(eps),
-                                     static_cast<T>(tol), sweeps, multiplicative, measure, usable_threads(threads)};
-        const auto& kernels = snmf::kernels().of<T>();
-        py::gil_scoped_release release;
-        check(kernels.coefficient_pass(args));
+                                     static_cast<T>(tol), sweeps, multiplicative, measure, usable_threads(threads),
+                                     call.interrupt()};
+        call.run(snmf::kernels().of<T>().coefficient_pass, args);
     });
     return py::make_tuple(sums[0], sums[1], sums[2], sums[3], sums[4], static_cast<int>(sums[snmf::sum_sweeps]));
 }
 
 void column_descent(const std::string& dtype, Address YYt, Address AYt, Address indices, Address values, int64_t d,
                     int64_t k, int64_t count, int sweeps) {
+    Call call;
     with_type(dtype, [&](auto zero) {
         using T = decltype(zero);
         const snmf::ColumnArgs<T> args{at<T>(YYt), at<T>(AYt), at<int64_t>(indices), at<T>(values),
-                                       d, k, count, sweeps};
-        const auto& kernels = snmf::kernels().of<T>();
-        py::gil_scoped_release release;
-        check(kernels.column_descent(args));
+                                       d, k, count, sweeps, call.interrupt()};
+        call.run(snmf::kernels().of<T>().column_descent, args);
     });
 }
 
 void support_solve(const std::string& dtype, Address G, Address offsets, Address members, Address B, Address X,
                    Address info, int64_t k, int64_t d, double ridge, int escalations, double floor, int threads) {
+    Call call;
     with_type(dtype, [&](auto zero) {
         using T = decltype(zero);
         const snmf::SupportArgs<T> args{at<T>(G), at<int64_t>(offsets), at<int64_t>(members), at<T>(B), at<T>(X),
                                         at<int32_t>(info), k, d, ladder_of<T>(ridge, escalations, floor),
-                                        usable_threads(threads)};
-        const auto& kernels = snmf::kernels().of<T>();
-        py::gil_scoped_release release;
-        check(kernels.support_solve(args));
+                                        usable_threads(threads), call.interrupt()};
+        call.run(snmf::kernels().of<T>().support_solve, args);
     });
 }
 
 void ridge_solve(const std::string& dtype, Address G, Address B, Address X, Address info, int64_t batch, int64_t k,
                  int64_t m, double ridge, int escalations, double floor, int threads) {
+    Call call;
     with_type(dtype, [&](auto zero) {
         using T = decltype(zero);
         const snmf::RidgeArgs<T> args{at<T>(G), at<T>(B), at<T>(X), at<int32_t>(info), batch, k, m,
-                                      ladder_of<T>(ridge, escalations, floor), usable_threads(threads)};
-        const auto& kernels = snmf::kernels().of<T>();
-        py::gil_scoped_release release;
-        check(kernels.ridge_solve(args));
+                                      ladder_of<T>(ridge, escalations, floor), usable_threads(threads),
+                                      call.interrupt()};
+        call.run(snmf::kernels().of<T>().ridge_solve, args);
     });
 }
 
@@ -230,9 +256,6 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled kernels of snmf_kernels. Addresses and strides are not checked: use snmf_kernels.ops.";
-#if defined(__unix__)
-    pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
-#endif
     module.def("build_info", &build_info, "Facts about this build and the instruction level in use.");
     module.def(
         "set_level",
@@ -267,8 +290,9 @@ PYBIND11_MODULE(_C, module) {
                "d"_a, "n"_a, "indices"_a, "values"_a, "k"_a, "count"_a, "ZtZ"_a, "Y"_a, "ldy"_a, "out"_a, "ldo"_a, "row_scale"_a,
                "shift"_a, "token_weights"_a, "AYt"_a, "feature_norms"_a, "max_active"_a,
                "residual_values"_a, "multiplicative"_a, "sweeps"_a, "eps"_a,
-               "tol"_a, "measure"_a, "threads"_a,
-               "Returns the sums of kernels.hpp. Optional addresses are 0 for none.");
+               "tol"_a, "measure"_a, "threads"_a, "listener"_a,
+               "Returns the sums of kernels.hpp. Optional addresses are 0 for none, and a listener that is not None is "
+               "called now and then with the share of the work that is done.");
     module.def("column_descent", &column_descent, "dtype"_a, "YYt"_a, "AYt"_a, "indices"_a, "values"_a, "d"_a, "k"_a,
                "count"_a, "sweeps"_a);
     module.def("support_solve", &support_solve, "dtype"_a, "G"_a, "offsets"_a, "members"_a, "B"_a, "X"_a, "info"_a, "k"_a,

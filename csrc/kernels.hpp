@@ -2,7 +2,8 @@
 //
 // Notation (README, "Notation"): A [d, n] activations, Z [d, k] features with `count` kept entries per
 // column, Y [k, n] coefficients, G/B/X the batched systems. Strides are in elements.
-// Every function returns 0, or 1 if scratch memory could not be allocated (the output is then undefined).
+// Every function returns 0; or 1 if scratch memory could not be allocated, or 2 if it was told to stop. Its output is
+// undefined then.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +11,13 @@
 #include "ladder.hpp"
 
 namespace snmf {
+
+// What a kernel asks now and then, on the thread that called it: non-zero means that it shall stop. `done` is about the
+// share of the work that is done. Without a function it never asks.
+struct Interrupt {
+    int (*poll)(void* context, double done) = nullptr;
+    void* context = nullptr;
+};
 
 enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
 
@@ -26,6 +34,7 @@ struct CoefficientArgs {
     T eps;           // multiplicative update only
     int sweeps;
     int threads;
+    Interrupt interrupt = {};
 };
 
 template <typename T>
@@ -36,6 +45,7 @@ struct SelectArgs {
     int64_t* indices;  // [k, count], ascending in each row
     T* values;         // [k, count]
     int threads;
+    Interrupt interrupt = {};
 };
 
 template <typename T>
@@ -49,6 +59,7 @@ struct SparseProductArgs {
     int64_t k, count;
     T* out;          // [k, n], contiguous
     int threads;
+    Interrupt interrupt = {};
 };
 
 // What a pass adds up over the tokens.
@@ -91,6 +102,7 @@ struct PassArgs {
     int multiplicative;
     int measure;
     int threads;
+    Interrupt interrupt = {};
 };
 
 template <typename T>
@@ -101,6 +113,7 @@ struct ColumnArgs {
     T* values;         // [k, count]; replaced
     int64_t d, k, count;
     int sweeps;
+    Interrupt interrupt = {};
 };
 
 template <typename T>
@@ -114,6 +127,7 @@ struct SupportArgs {
     int64_t k, d;
     Ladder<T> ladder;
     int threads;
+    Interrupt interrupt = {};
 };
 
 template <typename T>
@@ -126,6 +140,7 @@ struct RidgeArgs {
     int64_t batch, k, m;
     Ladder<T> ladder;
     int threads;
+    Interrupt interrupt = {};
 };
 
 template <typename T>

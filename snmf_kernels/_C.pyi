@@ -1,5 +1,6 @@
 """Compiled kernels. Addresses and strides are not checked: use snmf_kernels.ops."""
 
+from collections.abc import Callable
 from typing import TypedDict
 
 class _BuildInfo(TypedDict):
@@ -99,6 +100,7 @@ def coefficient_pass(
     tol: float,
     measure: bool,
     threads: int,
+    listener: Callable[[float], object] | None,
 ) -> tuple[float, float, float, float, float, int]: ...
 def column_descent(
     dtype: str,

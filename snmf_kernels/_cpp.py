@@ -13,6 +13,7 @@ from torch import Tensor
 import snmf_kernels._C as _C
 
 from ._checks import dtype_name
+from ._scope import pass_listener, threads
 from .reference import dense_product
 from .sparse import PassResult, SparseColumns, Supports
 
@@ -36,7 +37,7 @@ def _sweep(kernel: Callable[..., None], Y: Tensor, ZtA: Tensor, ZtZ: Tensor, *op
     out = torch.empty(k, n, dtype=Y.dtype, device="cpu")
     kernel(
         _name(Y), Y.data_ptr(), _row_stride(Y), ZtA.data_ptr(), _row_stride(ZtA), ZtZ.data_ptr(),
-        out.data_ptr(), n, k, n, *options, torch.get_num_threads(),
+        out.data_ptr(), n, k, n, *options, threads(),
     )  # fmt: skip
     return out
 
@@ -55,7 +56,7 @@ def winner_take_all(Z: Tensor, count: int) -> SparseColumns:
     values = torch.empty(k, count, dtype=Z.dtype, device="cpu")
     _C.winner_take_all(
         _name(Z), Z.data_ptr(), Z.stride(0), Z.stride(1), d, k, count,
-        indices.data_ptr(), values.data_ptr(), torch.get_num_threads(),
+        indices.data_ptr(), values.data_ptr(), threads(),
     )  # fmt: skip
     return SparseColumns(indices, values, d)
 
@@ -66,7 +67,7 @@ def sparse_product(Z: SparseColumns, A: Tensor) -> Tensor:
     out = torch.empty(Z.k, n, dtype=values.dtype, device="cpu")
     _C.sparse_product(
         _name(values), _name(A), A.data_ptr(), A.stride(0), A.stride(1), d, n,
-        indices.data_ptr(), values.data_ptr(), Z.k, indices.shape[1], out.data_ptr(), torch.get_num_threads(),
+        indices.data_ptr(), values.data_ptr(), Z.k, indices.shape[1], out.data_ptr(), threads(),
     )  # fmt: skip
     return out
 
@@ -104,7 +105,8 @@ def coefficient_pass(
         _name(Y), _name(A), A.data_ptr(), A.stride(0), A.stride(1), d, n, indices.data_ptr(), values.data_ptr(),
         Z.k, indices.shape[1], ZtZ.data_ptr(), Y.data_ptr(), _row_stride(Y), target.data_ptr(), _row_stride(target),
         _address(row_scale), _address(shift), _address(token_weights), _address(AYt), _address(feature_norms),
-        max_active, _address(residual_values), multiplicative, sweeps, eps, tol, measure, torch.get_num_threads(),
+        max_active, _address(residual_values), multiplicative, sweeps, eps, tol, measure, threads(),
+        pass_listener.get(),
     )  # fmt: skip
     if target is not out:
         out.copy_(target)
@@ -141,7 +143,7 @@ def support_solve(
     _C.support_solve(
         _name(G), G.data_ptr(), supports.offsets.data_ptr(), supports.members.data_ptr(), B.data_ptr(),
         X.data_ptr(), info.data_ptr(), G.shape[0], supports.d, ridge, escalations, floor,
-        torch.get_num_threads(),
+        threads(),
     )  # fmt: skip
     return X, info
 
@@ -154,6 +156,6 @@ def ridge_solve(
     X, info = torch.empty_like(B), torch.empty(batch, dtype=torch.int32, device="cpu")
     _C.ridge_solve(
         _name(G), G.data_ptr(), B.data_ptr(), X.data_ptr(), info.data_ptr(), batch, k, m, ridge,
-        escalations, floor, torch.get_num_threads(),
+        escalations, floor, threads(),
     )  # fmt: skip
     return X, info

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._backends import Kernels
 from ._checks import dtype_name
-from .reference import dense_product, token_blocks
+from .reference import dense_product, interruptible, token_blocks
 from .sparse import PassResult, SparseColumns
 
 # Magnitudes whose squares, and sums of many of them, stay far inside the range of the dtype: A is divided by a power of
@@ -275,8 +275,6 @@ class DataMatrix:
 
     def transposed_times(self, left: Tensor) -> Tensor:
         """``leftᵀ A`` for ``left [d, r]``, as ``[r, n]``."""
-        if self.A.dtype == self.dtype and 1 in self.A.stride():
-            return self.scaled(left).T @ self.A
         product = torch.empty(left.shape[1], self.n, dtype=self.dtype, device=self.device)
         for tokens, block in self.transposed_times_blocks(left):
             product[:, tokens] = block
@@ -300,12 +298,15 @@ class DataMatrix:
             for tokens, _ in self._raw_blocks():
                 gram.addmm_(Y[:, tokens] * self.token_weights[tokens], Y[:, tokens].T)
             return gram
-        if len(Y) < _BLOCKED_GRAM or self.device.type != "cpu":
+        parts = interruptible(Y.shape[1], len(Y) * min(len(Y), _GRAM_BLOCK), self.device)
+        if len(parts) == 1 and (len(Y) < _BLOCKED_GRAM or self.device.type != "cpu"):
             return Y @ Y.T
         gram = torch.empty(len(Y), len(Y), dtype=Y.dtype)
         for start in range(0, len(Y), _GRAM_BLOCK):
             rows = slice(start, start + _GRAM_BLOCK)
-            torch.mm(Y[rows], Y[start:].T, out=gram[rows, start:])
+            torch.mm(Y[rows, parts[0]], Y[start:, parts[0]].T, out=gram[rows, start:])
+            for tokens in parts[1:]:
+                gram[rows, start:].addmm_(Y[rows, tokens], Y[start:, tokens].T)
             gram[start:, rows] = gram[rows, start:].T
         return gram
 

@@ -19,6 +19,7 @@ from ._data import DataMatrix, as_matrix, as_weights, precise_dtype, relative
 from ._files import read_bundle, write_bundle
 from ._precision import product_precision
 from ._problem import Problem, kept_count, kkt_residual
+from ._scope import computing
 from ._version import __version__
 from .sparse import SparseColumns
 
@@ -182,7 +183,7 @@ class Factorization:
         max_sweeps = _checks.integer("max_sweeps", max_sweeps, 1)
         Z = Z.to(matrix.device)
         kernels = _backends.choose_all(matrix.device, Z.dtype, backend)
-        with product_precision(matrix.device):
+        with product_precision(matrix.device), computing():
             problem, features = self._problem(DataMatrix(matrix, Z.dtype, kernels))
             Y, residual, measured = problem.solve_coefficients(features, tol, max_sweeps)
         return Encoding(
@@ -214,7 +215,7 @@ class Factorization:
         Y, Z = _tensor(self.Y).to(matrix.device), _tensor(self.Z).to(matrix.device)
         weights = as_weights(self.token_weights, matrix, Z.dtype)
         kernels = _backends.choose_all(matrix.device, Z.dtype, backend)
-        with product_precision(matrix.device):
+        with product_precision(matrix.device), computing():
             data = DataMatrix(matrix, Z.dtype, kernels, weights)
             problem, features = self._problem(data)
             ZtZ = problem.gram(features)

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import _checks
 from ._monitor import IterationState
 from ._progress import Progress
+from ._scope import computing
 from .factorization import Factorization
 from .solver import Task, fit, prepare
 
@@ -91,7 +92,7 @@ def fit_many(
     at_once = _AT_ONCE_ON_GPU if at_once is None else _checks.integer("at_once", at_once, 1)
     outcomes: dict[int, Factorization | Exception] = {}
     under_way: list[_Member] = []
-    with Progress(progress, "snmf_kernels.fit_many", unit="fit", total=len(waiting)) as bar:
+    with Progress(progress, "snmf_kernels.fit_many", unit="fit", total=len(waiting)) as bar, computing():
         while waiting or under_way:
             while waiting and len(under_way) < (at_once if waiting[0].on_gpu else 1):
                 under_way.append(waiting.popleft())

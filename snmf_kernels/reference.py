@@ -23,6 +23,10 @@ _GPU_PASS_ELEMENTS = 1 << 23
 # GPU each block costs a few launches.
 _BLOCK_ELEMENTS = {"cpu": 1 << 18}
 _GPU_BLOCK_ELEMENTS = 1 << 22
+# Tokens of a block of a product at least.
+_LEAST_TOKENS = 256
+# Multiply-adds of a product on a CPU that may go on without a look at Ctrl-C: half a second of a slow core.
+_PRODUCT_WORK = 1 << 34
 # Sweeps after which a GPU is asked whether every token is done: asking waits for it.
 _ASK_EVERY = 16
 
@@ -77,18 +81,32 @@ def dense_product(Y: Tensor, A: Tensor, token_weights: Tensor | None = None) -> 
     where neither neurons nor tokens lie together: a product would copy all of it.
     """
     if A.dtype == Y.dtype and token_weights is None and 1 in A.stride():
-        return Y @ A.T
+        parts = interruptible(A.shape[1], len(Y) * len(A), A.device)
+        if len(parts) == 1:
+            return Y @ A.T
+    else:
+        # No narrower than makes the product worth its update of all of [k, d].
+        parts = list(token_blocks(A, least=_LEAST_TOKENS))
     product = Y.new_zeros(len(Y), len(A))
-    for tokens in token_blocks(A):
+    for tokens in parts:
         weighted = Y[:, tokens] if token_weights is None else Y[:, tokens] * token_weights[tokens]
         product.addmm_(weighted, A[:, tokens].to(Y.dtype).T)
     return product
 
 
-def token_blocks(A: Tensor, elements: dict[str, int] | None = None) -> Iterator[slice]:
+def interruptible(length: int, work: int, device: torch.device) -> list[slice]:
+    """Ranges that add up to ``length``, each of bounded work on a CPU, for elements of ``work`` multiply-adds.
+
+    Between two operations of torch Python hears Ctrl-C, during one it does not.
+    """
+    width = length if device.type != "cpu" else max(1, _PRODUCT_WORK // max(1, work))
+    return [slice(start, min(start + width, length)) for start in range(0, length, max(1, width))]
+
+
+def token_blocks(A: Tensor, elements: dict[str, int] | None = None, least: int = 1) -> Iterator[slice]:
     """Ranges of tokens whose part of A has about so many elements, by device; not given: as suits a conversion."""
     most = (elements or _BLOCK_ELEMENTS).get(A.device.type, _GPU_BLOCK_ELEMENTS)
-    width = max(1, most // max(1, A.shape[0]))
+    width = max(least, most // max(1, A.shape[0]))
     for start in range(0, A.shape[1], width):
         yield slice(start, min(start + width, A.shape[1]))
 

@@ -24,6 +24,7 @@ from ._outliers import scale_and_clip
 from ._precision import product_precision
 from ._problem import Problem, kept_count
 from ._progress import Progress
+from ._scope import computing
 from ._start import fixed_features, start_of
 from ._steps import Steps, lag_on
 from .factorization import Factorization
@@ -240,7 +241,8 @@ def fit(
             it.
         BackendError: the named backend cannot run here; the text says why.
     """
-    with Progress(progress, "snmf_kernels.fit") as bar:
+    with Progress(progress, "snmf_kernels.fit") as bar, computing():
+        bar.phase("start")
         task = prepare(
             A, k, keep=keep, solver=solver, refit=refit, sweeps=sweeps, init=init, neuron_scale=neuron_scale,
             l1=l1, l2=l2, max_active=max_active, fixed=fixed, token_weights=token_weights, ridge=ridge,
@@ -249,8 +251,10 @@ def fit(
         )  # fmt: skip
         if checkpoint is not None:
             task.keep_in(checkpoint, _checks.integer("checkpoint_every", checkpoint_every, 1))
+        bar.phase("pass")
         while task.wants_more:
             task.advance()
+        bar.phase("last sweeps")
         return task.result()
 
 

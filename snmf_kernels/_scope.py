@@ -1,0 +1,52 @@
+"""The state of torch and of the process that computations of this package need, whatever the caller's is."""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# Called now and then during a pass over A on a CPU, with the share of it that is done.
+pass_listener: contextvars.ContextVar[Callable[[float], object] | None] = contextvars.ContextVar(
+    "pass_listener", default=None
+)
+_forked = False
+
+
+def _mark_as_forked() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_mark_as_forked)
+
+
+def threads() -> int:
+    """How many threads a compiled kernel may use: torch's number, but one in a forked child.
+
+    A forked child inherits the state of OpenMP, but not its threads, and would wait for them for ever.
+    """
+    return 1 if _forked else torch.get_num_threads()
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """Inside the block no gradients are recorded, and tensors that are made can meet autograd later.
+
+    In a forked child, torch works on one thread from here on: its own parallel regions would hang like the kernels'.
+    """
+    if _forked and torch.get_num_threads() > 1:
+        logger.warning(
+            "this process was forked, and OpenMP's threads were not: torch works on one thread here from now on; "
+            "start workers with the 'spawn' or 'forkserver' method for more"
+        )
+        torch.set_num_threads(1)
+    with torch.inference_mode(False), torch.no_grad():
+        yield
