@@ -10,7 +10,7 @@ from ._monitor import IterationState
 from ._outliers import OutlierWarning
 from ._version import __version__
 from .factorization import Certificate, Encoding, Factorization, StopReason
-from .many import FitManyError, fit_many
+from .many import FitManyError, FitManyInterrupted, fit_many
 from .solver import fit
 from .sparse import SparseColumns
 
@@ -22,6 +22,7 @@ __all__ = [
     "Encoding",
     "Factorization",
     "FitManyError",
+    "FitManyInterrupted",
     "FitWarning",
     "IterationState",
     "OutlierWarning",

@@ -189,39 +189,37 @@ class DataMatrix:
         return self._squared_norm
 
     def row_statistics(self) -> tuple[Tensor, Tensor]:
-        """Of each neuron the sum and the largest of its squared activations ``[d]``, tokens weighted, of A as it lies.
+        """Of each neuron the sums of its squares and of its magnitudes ``[d]``, tokens weighted, in A as it lies.
 
         Raises:
             ValueError: A is not finite, or beyond what the working dtype can multiply.
         """
         if self._rows is None:
-            self._rows = self._checked_rows()
+            squares, magnitudes = self._row_statistics()
+            low, high = _SAFE[self.dtype]
+            if self.magnitude == 1 and not low <= math.sqrt(float(squares.max())) <= high:
+                self.magnitude = self._find_magnitude()
+                squares, magnitudes = self._row_statistics()
+            if not math.isfinite(float(squares.sum())):
+                self._refuse_non_finite()
+            self._rows = squares * self.magnitude**2, magnitudes * self.magnitude
         return self._rows
 
-    def _checked_rows(self) -> tuple[Tensor, Tensor]:
-        squares, peaks = self._row_statistics()
-        low, high = _SAFE[self.dtype]
-        if self.magnitude == 1 and not low <= math.sqrt(float(peaks.max())) <= high:
-            self.magnitude = self._find_magnitude()
-            squares, peaks = self._row_statistics()
-        if not math.isfinite(float(squares.sum())):
-            self._refuse_non_finite()
-        return squares * self.magnitude**2, peaks.to(squares.dtype) * self.magnitude**2
-
     def _row_statistics(self) -> tuple[Tensor, Tensor]:
-        """The same of ``A / magnitude``: squares in the working dtype, their sums in float64."""
-        squares = torch.zeros(self.d, dtype=precise_dtype(self.device), device=self.device)
-        peaks = torch.zeros(self.d, dtype=self.dtype, device=self.device)
+        """The same of ``A / magnitude``: terms in the working dtype, sums of blocks in float64."""
+        precise = precise_dtype(self.device)
+        squares, magnitudes = torch.zeros(2, self.d, dtype=precise, device=self.device)
         weights = self.token_weights
-        for tokens, squared in self._squared_blocks():
-            if weights is None:
-                squares += squared.sum(1)
+        # A clipped token is a smaller one; a weight that was given says how often a token counts.
+        counts = weights if weights is None or not self._clipped else weights.sqrt()
+        for tokens, block in self._blocks():
+            if weights is None or counts is None:
+                squares += block.square().sum(1)
+                magnitudes += block.abs().sum(1)
             else:
-                squares += squared @ weights[tokens]
-                # A clipped token is a smaller one; a weight that was given says how often a token counts.
-                squared *= weights[tokens] if self._clipped else (weights[tokens] > 0)
-            peaks = torch.maximum(peaks, squared.amax(1))
-        return squares, peaks
+                squares += block.square() @ weights[tokens]
+                magnitudes += block.abs() @ counts[tokens]
+        return squares, magnitudes
 
     def token_squares(self) -> tuple[Tensor, Tensor]:
         """Of each token the squared norm in the matrix this stands for, and that of ``A / magnitude``, ``[n]`` each.
@@ -232,14 +230,15 @@ class DataMatrix:
         if self._inverse_scale is not None:
             of_rows[0] = (self._inverse_scale * self.magnitude).square()
         squares = torch.empty(2, self.n, dtype=self.dtype, device=self.device)
-        for tokens, squared in self._squared_blocks():
-            squares[:, tokens] = of_rows @ squared
+        for tokens, block in self._blocks():
+            squares[:, tokens] = of_rows @ block.square()
         return squares[0], squares[1]
 
-    def _squared_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of ``A / magnitude`` in the working dtype, not to be written to."""
         for tokens, block in self._raw_blocks():
             values = block.to(self.dtype)
-            yield tokens, (values if self.magnitude == 1 else values / self.magnitude).square()
+            yield tokens, values if self.magnitude == 1 else values / self.magnitude
 
     def _find_magnitude(self) -> float:
         """The power of two below the largest magnitude in A, 1 for an all-zero A."""

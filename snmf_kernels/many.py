@@ -50,6 +50,19 @@ class FitManyError(RuntimeError):
         )
 
 
+class FitManyInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a ``fit_many``: what was finished is in ``results``.
+
+    Attributes:
+        results: for each member its :class:`Factorization`, the exception that it raised, or None if it had not ended.
+    """
+
+    def __init__(self, results: list[Factorization | Exception | None]) -> None:
+        self.results = results
+        finished = sum(isinstance(result, Factorization) for result in results)
+        super().__init__(f"{finished} of {len(results)} members had finished; they are in .results")
+
+
 def fit_many(
     A: Tensor | np.ndarray | Sequence[Tensor | np.ndarray],
     k: int | Sequence[int],
@@ -57,6 +70,7 @@ def fit_many(
     seed: int | Sequence[int] = 0,
     at_once: int | None = None,
     callback: ManyCallback | None = None,
+    on_result: Callable[[int, Factorization], Any] | None = None,
     progress: bool = False,
     **options: Any,
 ) -> list[Factorization]:
@@ -76,8 +90,9 @@ def fit_many(
         at_once: how many members may be under way on a GPU, whose memory must hold their data together. Default: 8.
         callback: called with the number of a member and its :class:`IterationState` after each of its iterations;
             returning True stops that member.
+        on_result: called with the number of a member and its result as soon as it has finished: to save it, say.
         progress: show a bar over the members on stderr (needs tqdm).
-        options: whatever else :func:`fit` takes, the same for all members.
+        options: whatever else :func:`fit` takes, the same for all members, but ``checkpoint``, which is of one fit.
 
     Returns:
         A :class:`Factorization` for each member, in order.
@@ -86,22 +101,30 @@ def fit_many(
         TypeError, ValueError: the sequences do not match, or ``fit`` has no such option.
         FitManyError: a member failed, as all do where an option's value is not as described. The others were finished
             first and are in its ``results``.
+        FitManyInterrupted: on Ctrl-C, a KeyboardInterrupt whose ``results`` has the members that were finished.
     """
     settings = _settings(options)
     waiting = _members(A, k, seed, callback, settings)
     at_once = _AT_ONCE_ON_GPU if at_once is None else _checks.integer("at_once", at_once, 1)
     outcomes: dict[int, Factorization | Exception] = {}
     under_way: list[_Member] = []
-    with Progress(progress, "snmf_kernels.fit_many", unit="fit", total=len(waiting)) as bar, computing():
-        while waiting or under_way:
-            while waiting and len(under_way) < (at_once if waiting[0].on_gpu else 1):
-                under_way.append(waiting.popleft())
-            for member in list(under_way):
-                outcome = member.advance()
-                if outcome is not None:
+    count = len(waiting)
+    try:
+        with Progress(progress, "snmf_kernels.fit_many", unit="fit", total=count) as bar, computing():
+            while waiting or under_way:
+                while waiting and len(under_way) < (at_once if waiting[0].on_gpu else 1):
+                    under_way.append(waiting.popleft())
+                for member in list(under_way):
+                    outcome = member.advance()
+                    if outcome is None:
+                        continue
                     outcomes[member.number] = outcome
                     under_way.remove(member)
                     bar.advance()
+                    if on_result is not None and isinstance(outcome, Factorization):
+                        on_result(member.number, outcome)
+    except KeyboardInterrupt as interrupt:
+        raise FitManyInterrupted([outcomes.get(number) for number in range(count)]) from interrupt
     results = [outcomes[number] for number in range(len(outcomes))]
     finished = [result for result in results if isinstance(result, Factorization)]
     if len(finished) < len(results):
@@ -147,15 +170,21 @@ class _Member:
             self._hand_over(result)
             return result
         except Exception as error:  # reported by FitManyError, when the others have finished
+            self._wait_for_it()
             return error
+
+    def _wait_for_it(self) -> None:
+        """What the caller does next comes after all that is under way on this member's stream, which reads A."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def _hand_over(self, result: Factorization) -> None:
         """The caller's stream may use the result at once, and its memory has no other use before that is done."""
         if self._stream is None:
             return
+        self._wait_for_it()
         callers = torch.cuda.current_stream(self._device)
-        callers.wait_stream(self._stream)
-        for tensor in (result.Z, result.Y, result.dead_features, result.neuron_scale):
+        for tensor in (result.Z, result.Y, result.dead_features, result.neuron_scale, result.token_weights):
             if isinstance(tensor, Tensor) and tensor.is_cuda:
                 tensor.record_stream(callers)
 

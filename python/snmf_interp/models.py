@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snmf_kernels import _checks
+
 from . import gguf_models
 
 # A document separator that many families were pretrained with, each document behind one of these. Their
@@ -335,6 +337,7 @@ def load_network(
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype: wanted torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    where = _checks.device("device", device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name = str(name_or_path)
     path = Path(name).expanduser()
     source: dict[str, Any]
@@ -373,7 +376,7 @@ def load_network(
         ) from error
     if not local:
         source["revision"] = getattr(model.config, "_commit_hash", None) or revision
-    model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    model.to(where)
     return model, tokenizer, source
 
 
