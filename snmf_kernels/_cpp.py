@@ -6,6 +6,7 @@ Arguments are taken as checked (``ops`` does so for users): CPU tensors, float32
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,11 @@ import snmf_kernels._C as _C
 from ._checks import dtype_name
 from ._scope import pass_listener, threads
 from .reference import dense_product
+from .reference import ridge_solve as reference_ridge_solve
 from .sparse import PassResult, SparseColumns, Supports
+
+# Members of a neuron from which on LAPACK's blocked factors are faster than the kernel's.
+_LARGE_SUPPORT = 512
 
 
 def _name(tensor: Tensor) -> str:
@@ -139,12 +144,37 @@ def support_solve(
     floor: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     G, B = G.contiguous(), B.contiguous()
+    sizes = supports.offsets.diff()
+    if len(sizes) and int(sizes.max()) > _LARGE_SUPPORT:
+        return _support_solve_by_lapack(G, supports, sizes, B, ridge, escalations, floor)
     X, info = torch.empty_like(B), torch.empty(supports.d, dtype=torch.int32, device="cpu")
     _C.support_solve(
         _name(G), G.data_ptr(), supports.offsets.data_ptr(), supports.members.data_ptr(), B.data_ptr(),
         X.data_ptr(), info.data_ptr(), G.shape[0], supports.d, ridge, escalations, floor,
         threads(),
     )  # fmt: skip
+    return X, info
+
+
+def _support_solve_by_lapack(
+    G: Tensor, supports: Supports, sizes: Tensor, B: Tensor, *ladder: Any
+) -> tuple[Tensor, Tensor]:
+    """:func:`support_solve` where LAPACK solves the large systems, each on all threads."""
+    small = sizes <= _LARGE_SUPPORT
+    of_small = small.repeat_interleave(sizes)
+    offsets = torch.zeros_like(supports.offsets)
+    torch.cumsum(torch.where(small, sizes, 0), 0, out=offsets[1:])
+    X = torch.empty_like(B)
+    X[of_small], info = support_solve(
+        G, Supports(offsets, supports.members[of_small], supports.d), B[of_small], *ladder
+    )
+    for neuron in (~small).nonzero()[:, 0].tolist():
+        own = slice(int(supports.offsets[neuron]), int(supports.offsets[neuron + 1]))
+        members = supports.members[own]
+        solved, info[neuron] = reference_ridge_solve(
+            G[members[:, None], members][None], B[own][None, :, None], *ladder
+        )
+        X[own] = solved[0, :, 0]
     return X, info
 
 

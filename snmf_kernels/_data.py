@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ._backends import Kernels
 from ._checks import dtype_name
-from .reference import dense_product, interruptible, token_blocks
+from ._scope import interruptible
+from .reference import dense_product, short_parts, token_blocks
 from .sparse import PassResult, SparseColumns
 
 # Magnitudes whose squares, and sums of many of them, stay far inside the range of the dtype: A is divided by a power of
@@ -297,7 +298,7 @@ class DataMatrix:
             for tokens, _ in self._raw_blocks():
                 gram.addmm_(Y[:, tokens] * self.token_weights[tokens], Y[:, tokens].T)
             return gram
-        parts = interruptible(Y.shape[1], len(Y) * min(len(Y), _GRAM_BLOCK), self.device)
+        parts = short_parts(Y.shape[1], len(Y) * min(len(Y), _GRAM_BLOCK), self.device)
         if len(parts) == 1 and (len(Y) < _BLOCKED_GRAM or self.device.type != "cpu"):
             return Y @ Y.T
         gram = torch.empty(len(Y), len(Y), dtype=Y.dtype)
@@ -378,7 +379,8 @@ class DataMatrix:
                 block *= roots[part] if smaller else roots
             gram.addmm_(block, block.T) if smaller else gram.addmm_(block.T, block)
         # Ascending; rounding leaves those of a singular matrix a little below zero.
-        return float(torch.linalg.eigvalsh(gram)[: side - k].clamp(min=0).sum())
+        values = interruptible(side, lambda: torch.linalg.eigvalsh(gram))
+        return float(values[: side - k].clamp(min=0).sum())
 
     def unscaled(self, Z: SparseColumns) -> SparseColumns:
         """Z in the units of A."""

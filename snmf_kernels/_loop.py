@@ -17,8 +17,9 @@ from ._backends import Kernels
 from ._data import precise_dtype
 from ._monitor import Monitor
 from ._problem import Problem
+from ._scope import interruptible
 from ._steps import Steps
-from .reference import cholesky_by_ladder, escalated_ridge
+from .reference import cholesky_by_ladder, escalated_ridge, short_parts
 from .sparse import PassResult, SparseColumns
 
 EPS = 1e-6  # the paper's constant in the denominator of the multiplicative update
@@ -511,12 +512,16 @@ def _solve_by_inverse_factor_(
     # Squares of what is left of each row of Y beside those before it, and of the rows.
     left, whole = torch.diagonal(factor[0]).square(), torch.diagonal(G[0])
     if bool((left < _NEARLY_DEPENDENT * whole).any()):
+        k = G.shape[-1]
         for block in blocks:
-            block.copy_(torch.cholesky_solve(block.to(G.dtype), factor[0]))
+            for columns in short_parts(block.shape[1], k * k, G.device):
+                part = block[:, columns]
+                part.copy_(torch.cholesky_solve(part.to(G.dtype), factor[0]))
         return
     inverse = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
-    torch.linalg.solve_triangular(factor[0], inverse, upper=False, out=inverse)
-    del factor
+    interruptible(
+        len(inverse), lambda: torch.linalg.solve_triangular(factor[0], inverse, upper=False, out=inverse)
+    )
     # Finite in any dtype: where Y is zero, G is next to nothing and the products are zero.
     largest = torch.finfo(blocks[0].dtype).max
     inverse = inverse.clamp_(-largest, largest).to(blocks[0].dtype)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._data import precise_dtype, rounding
+from ._scope import interruptible
 from .sparse import Supports
 
 # So often all infeasible coefficients are exchanged although their number has not fallen; after that the last one only,
@@ -46,6 +47,11 @@ def price_in_sweeps(ZtZ: Tensor, Y: Tensor, tokens: int) -> float:
     return by_token / max(int((ZtZ != 0).sum()), 1)
 
 
+def _inverse(factor: Tensor) -> Tensor:
+    """The inverse of the matrix with this Cholesky factor."""
+    return interruptible(len(factor), lambda: torch.cholesky_inverse(factor))
+
+
 class Pivoting:
     """The minimiser over ``Y >= 0`` of ``⟨Y, G Y⟩ − 2⟨P, Y⟩`` for fixed G.
 
@@ -68,11 +74,11 @@ class Pivoting:
         least, self.possible = _SINGULAR * torch.finfo(dtype).eps, False
         for ridge in (0.0, max(_RIDGE, rounding(G.dtype))) if len(living) else ():
             self._G = living + ridge * torch.eye(len(living), dtype=dtype, device=G.device)
-            factor, info = torch.linalg.cholesky_ex(self._G)
+            factor, info = interruptible(len(living), lambda: torch.linalg.cholesky_ex(self._G))
             pivot = float(torch.diagonal(factor).square().min()) if int(info) == 0 else 0.0
             if pivot > least:
                 self.possible = True
-                self._inverse = torch.cholesky_inverse(factor)
+                self._inverse = _inverse(factor)
                 self._sign_limit = max(_ROUNDING, _GROWN * torch.finfo(dtype).eps / pivot)
                 break
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextvars
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 # Called now and then during a pass over A on a CPU, with the share of it that is done.
 pass_listener: contextvars.ContextVar[Callable[[float], object] | None] = contextvars.ContextVar(
@@ -50,3 +53,33 @@ def computing() -> Iterator[None]:
         torch.set_num_threads(1)
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+# Rows of a matrix whose factorisation takes a fraction of a second.
+_SHORT = 2048
+
+
+def interruptible(size: int, function: Callable[[], Result]) -> Result:
+    """``function()``, which factorises a matrix of so many rows; Ctrl-C is heard on the way.
+
+    A call into LAPACK cannot be cut into parts. A long one runs on a thread of its own, for which Python waits and
+    hears signals; after Ctrl-C it ends in the background, and nobody sees its result.
+    """
+    if size <= _SHORT or threading.current_thread() is not threading.main_thread():
+        return function()
+    outcome: list[Result] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with torch.no_grad():
+                outcome.append(function())
+        except BaseException as error:
+            failure.append(error)
+
+    worker = threading.Thread(target=run, daemon=True)
+    worker.start()
+    worker.join()
+    if failure:
+        raise failure[0]
+    return outcome[0]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._data import DataMatrix
+from ._scope import interruptible
 
 KMEANS_ITERATIONS = 5
 _LEAST_SAMPLE, _SAMPLE_PER_CLUSTER = 2000, 10  # tokens that k-means looks at
@@ -20,6 +21,8 @@ _LEAST_CANDIDATES, _CANDIDATES_PER_CLUSTER = 500, 2  # and those of them that ma
 # launches, and two copies of 16 MB are no more than the iterations hold of matrices [k, d] later (d = 14,336, k = 100).
 _PART_ELEMENTS = {"cpu": 1 << 18}
 _GPU_PART_ELEMENTS = 1 << 22
+# Numbers that are drawn in one call, of about a second, in which Ctrl-C is not heard.
+_DRAWN_AT_ONCE = 1 << 28
 FLOOR = 1e-6  # the paper's: multiplicative updates cannot leave an exact zero
 # Drawn on the CPU in float32, so that a seed means the same start on every device, in every dtype, and whatever
 # torch's own defaults are.
@@ -28,7 +31,12 @@ DRAWN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 def random_init(data: DataMatrix, k: int, generator: torch.Generator) -> Tensor:
     """``Y ~ U(0, 1)`` clamped at 1e-6 (the paper's default)."""
-    return _on(data, torch.rand(k, data.n, generator=generator, **DRAWN)).clamp_(min=FLOOR)
+    Y = torch.empty(k, data.n, dtype=data.dtype, device=data.device)
+    rows = k if k * data.n <= _DRAWN_AT_ONCE else 1
+    for start in range(0, k, rows):
+        part = Y[start : start + rows]
+        part.copy_(torch.rand(part.shape, generator=generator, **DRAWN))
+    return Y.clamp_(min=FLOOR)
 
 
 def svd_init(data: DataMatrix, k: int, generator: torch.Generator) -> Tensor:
@@ -52,7 +60,7 @@ def svd_init(data: DataMatrix, k: int, generator: torch.Generator) -> Tensor:
         basis = _orthonormal(weighted(data.transposed_times(basis)).T)  # [n, width]
         basis = _orthonormal(data.times(basis, roots).T)
     small = data.transposed_times(basis)  # [width, n]
-    U, S, Vh = torch.linalg.svd(weighted(small), full_matrices=False)
+    U, S, Vh = interruptible(data.n, lambda: torch.linalg.svd(weighted(small), full_matrices=False))
     S = S[:rank].clamp(min=0)
     root = S.sqrt()
     V = Vh[:rank]
@@ -181,7 +189,7 @@ def _on(data: DataMatrix, drawn: Tensor) -> Tensor:
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    return torch.linalg.qr(columns).Q
+    return interruptible(len(columns), lambda: torch.linalg.qr(columns).Q)
 
 
 INITS = {"random": random_init, "svd": svd_init, "kmeans": kmeans_init}

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ._scope import interruptible
 from .sparse import PassResult, SparseColumns, Supports
 
 # Elements of A that a pass handles at a time: on a GPU as many as stay in its cache between the products of a pass.
@@ -81,7 +82,7 @@ def dense_product(Y: Tensor, A: Tensor, token_weights: Tensor | None = None) -> 
     where neither neurons nor tokens lie together: a product would copy all of it.
     """
     if A.dtype == Y.dtype and token_weights is None and 1 in A.stride():
-        parts = interruptible(A.shape[1], len(Y) * len(A), A.device)
+        parts = short_parts(A.shape[1], len(Y) * len(A), A.device)
         if len(parts) == 1:
             return Y @ A.T
     else:
@@ -94,7 +95,7 @@ def dense_product(Y: Tensor, A: Tensor, token_weights: Tensor | None = None) -> 
     return product
 
 
-def interruptible(length: int, work: int, device: torch.device) -> list[slice]:
+def short_parts(length: int, work: int, device: torch.device) -> list[slice]:
     """Ranges that add up to ``length``, each of bounded work on a CPU, for elements of ``work`` multiply-adds.
 
     Between two operations of torch Python hears Ctrl-C, during one it does not.
@@ -355,8 +356,7 @@ def _factors(G: Tensor, ridge: float, floor: float, steps: range) -> tuple[Tenso
     ]
     systems = G.tril().repeat(len(steps), 1, 1, 1)
     torch.diagonal(systems, dim1=-2, dim2=-1).add_(torch.stack(ridges)[..., None])
-    factors, info = torch.linalg.cholesky_ex(systems)
-    del systems
+    factors, info = interruptible(systems.shape[-1], lambda: torch.linalg.cholesky_ex(systems))
     # Not every library says that it met NaN.
     bad = ~(torch.diagonal(factors, dim1=-2, dim2=-1) > 0)
     if bad.shape[-1]:

@@ -206,8 +206,8 @@ def fit(
         token_weights: the weight of each token's squared residual, ``[n]``, non-negative; 0 leaves a token out. Or
             ``"clip"`` (default with ``neuron_scale="rms"``; not for ``"mu"``): a token whose norm is over twice the
             median (of scaled neurons) counts as one of twice the median, and beyond five times the less the larger it
-            is, so that a few loud tokens (attention sinks) do not decide. None: all the same. An :class:`OutlierWarning` says so where 1 % of the tokens hold more
-            than 30 % of the energy.
+            is, so that a few loud tokens (attention sinks) do not decide. None: all the same. An
+            :class:`OutlierWarning` says so where 1 % of the tokens hold more than 30 % of the energy.
         ridge: λ of step 1 and of the least squares on supports (``"auto"`` takes it for rows of Y at unit norm).
         max_iter: bound on the iterations. Default: 200, and 1000 for ``"mu"``.
         tol, patience: stop when the best loss has not fallen by the relative amount ``tol`` for ``patience``
