@@ -18,7 +18,7 @@ from ._data import DataMatrix, precise_dtype, relative
 # A token's norm counts up to so many times the median; beyond FAR_OUT times, the less the larger it is. With 1 % of the
 # tokens of a real layer 10 to 200 times as large (SmolLM2's layer 10, k = 100, four starts), the error on the others is
 # 0.1 % below to 0.5 % above that of a fit without them; clipped alone, up to 1.1 % above.
-CLIP = 2.0
+CLIP = 3.0
 # Scale and weights depend on each other: at most so many rounds, until no weight's root changes by more than this or
 # the clipped tokens hold less than this share of the energy.
 _ROUNDS, _SETTLED, _NEGLIGIBLE = 10, 0.05, 0.01

@@ -20,6 +20,8 @@ _LEAST_CANDIDATES, _CANDIDATES_PER_CLUSTER = 500, 2  # and those of them that ma
 # Elements of the sampled tokens that are held at a time: a CPU's stay in cache; on a GPU each part costs some twenty
 # launches, and two copies of 16 MB are no more than the iterations hold of matrices [k, d] later (d = 14,336, k = 100).
 _PART_ELEMENTS = {"cpu": 1 << 18}
+# Tokens of a part at least: products of narrower ones are slow.
+_LEAST_WIDTH = 256
 _GPU_PART_ELEMENTS = 1 << 22
 # Numbers that are drawn in one call, of about a second, in which Ctrl-C is not heard.
 _DRAWN_AT_ONCE = 1 << 28
@@ -115,7 +117,7 @@ def kmeans_centroids(
     sample = sample[: max(_LEAST_SAMPLE, _SAMPLE_PER_CLUSTER * clusters)]
     size = len(sample)
     candidates = sample[: max(_LEAST_CANDIDATES, _CANDIDATES_PER_CLUSTER * clusters)]
-    width = max(16, _PART_ELEMENTS.get(data.device.type, _GPU_PART_ELEMENTS) // data.d)
+    width = max(_LEAST_WIDTH, _PART_ELEMENTS.get(data.device.type, _GPU_PART_ELEMENTS) // data.d)
     seeds = _seeds(data, candidates.split(width), clusters, generator)
     centroids = _directions_(data.columns(candidates[seeds]))
     similarity = torch.empty(size, dtype=data.dtype, device=data.device)
@@ -154,11 +156,21 @@ def _add_to_clusters(sums: Tensor, members: Tensor, label: Tensor, tokens: Tenso
 def _seeds(data: DataMatrix, parts: Sequence[Tensor], clusters: int, generator: torch.Generator) -> Tensor:
     """Which of the candidate tokens are k-means++ seeds, in the squared distance ``2 − 2 cos`` of their directions."""
     # Of all pairs at once, so that a seed costs a look at one row.
-    rows = []
-    for part in parts:
+    count = sum(len(part) for part in parts)
+    cosines = torch.empty(count, count, dtype=data.dtype, device=data.device)
+    start = 0
+    for i, part in enumerate(parts):
+        rows = slice(start, start + len(part))
         directions = _directions_(data.columns(part))
-        rows.append(torch.cat([directions.T @ _directions_(data.columns(other)) for other in parts], 1))
-    distances = torch.cat(rows).mul_(-2).add_(2).clamp_(min=0).cpu()
+        column = start
+        for other in parts[i:]:
+            columns = slice(column, column + len(other))
+            others = directions if other is part else _directions_(data.columns(other))
+            cosines[rows, columns] = directions.T @ others
+            cosines[columns, rows] = cosines[rows, columns].T
+            column += len(other)
+        start += len(part)
+    distances = cosines.mul_(-2).add_(2).clamp_(min=0).cpu()
     draws = torch.rand(clusters, generator=generator, **DRAWN).double()
     seeds = [0]  # the sample is in random order already
     nearest = distances[0].double()
