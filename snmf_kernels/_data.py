@@ -259,14 +259,14 @@ class DataMatrix:
             )
         return 2.0 ** math.floor(math.log2(top))
 
-    def columns(self, tokens: Tensor) -> Tensor:
-        """A copy of the columns of some tokens, converted and scaled, ``[d, len(tokens)]``."""
-        # torch gathers rows that lie together much faster than columns that do not, and copies all of a matrix first
-        # whose columns it is to gather where its rows do not lie together.
-        neuron_major = self.A.stride(1) == 1
-        chosen = self.A.index_select(1, tokens) if neuron_major else self.A.T.index_select(0, tokens).T
+    def columns(self, tokens: Tensor, neurons: slice = slice(None)) -> Tensor:
+        """A copy of the columns of some tokens, converted and scaled, ``[d, len(tokens)]``; or some neurons of them."""
+        A = self.A[neurons]
+        # index_select along the dimension that is not contiguous copies the whole matrix first.
+        neuron_major = A.stride(1) == 1
+        chosen = A.index_select(1, tokens) if neuron_major else A.T.index_select(0, tokens).T
         chosen = chosen.to(self.dtype)
-        return chosen if self._inverse_scale is None else chosen.mul_(self._inverse_scale[:, None])
+        return chosen if self._inverse_scale is None else chosen.mul_(self._inverse_scale[neurons, None])
 
     def times(self, right: Tensor, weights: Tensor | None = None) -> Tensor:
         """``(A diag(weights) right)ᵀ`` for ``right [n, r]``, as ``[r, d]``: a feature's neurons lie together."""

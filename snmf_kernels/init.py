@@ -5,7 +5,7 @@ All take the activations as a ``DataMatrix`` (so that a neuron scale applies) an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ _LEAST_CANDIDATES, _CANDIDATES_PER_CLUSTER = 500, 2  # and those of them that ma
 # Elements of the sampled tokens that are held at a time: a CPU's stay in cache; on a GPU each part costs some twenty
 # launches, and two copies of 16 MB are no more than the iterations hold of matrices [k, d] later (d = 14,336, k = 100).
 _PART_ELEMENTS = {"cpu": 1 << 18}
+# Up to so many neurons, all decide which tokens belong together; of more, some in blocks, which are gathered faster.
+# A centroid of all neurons is then made of up to so many tokens.
+_ALL_NEURONS, _SOME_NEURONS, _BLOCK_NEURONS, _TOKENS_OF_CENTROID = 4096, 2048, 64, 8
 # Tokens of a part at least: products of narrower ones are slow.
 _LEAST_WIDTH = 256
 _GPU_PART_ELEMENTS = 1 << 22
@@ -108,6 +111,9 @@ def kmeans_centroids(
     Fewer than k where fewer tokens have a weight above 0. The sample has 10 tokens a cluster, at least 2,000. The seeds
     are drawn by squared distance (k-means++, Arthur & Vassilvitskii 2007) among two tokens a cluster, at least 500; a
     few iterations follow. An empty cluster restarts at the sampled token that is farthest from its centroid.
+
+    Of more than 4,096 neurons, blocks of about 2,048 in all decide which tokens belong together, and a centroid is the
+    mean direction of up to eight tokens of its cluster.
     """
     sample = torch.randperm(data.n, generator=generator, device="cpu").to(data.device)
     if data.token_weights is not None:
@@ -115,26 +121,80 @@ def kmeans_centroids(
         sample = sample[data.token_weights[sample] > 0]
     clusters = min(k, len(sample))
     sample = sample[: max(_LEAST_SAMPLE, _SAMPLE_PER_CLUSTER * clusters)]
-    size = len(sample)
-    candidates = sample[: max(_LEAST_CANDIDATES, _CANDIDATES_PER_CLUSTER * clusters)]
     width = max(_LEAST_WIDTH, _PART_ELEMENTS.get(data.device.type, _GPU_PART_ELEMENTS) // data.d)
-    seeds = _seeds(data, candidates.split(width), clusters, generator)
-    centroids = _directions_(data.columns(candidates[seeds]))
-    similarity = torch.empty(size, dtype=data.dtype, device=data.device)
+    if data.d <= _ALL_NEURONS:
+
+        def columns(places: Tensor) -> Tensor:
+            return data.columns(sample[places])
+
+        return _cluster(columns, len(sample), clusters, width, max_iter, generator, data.device)[0]
+    label = _clusters_by_blocks(data, sample, clusters, width, max_iter, generator)
+    # The first few tokens of each cluster, ordered by cluster.
+    order = label.argsort(stable=True)
+    ordered = label[order]
+    rank = torch.arange(len(order), device=order.device) - torch.searchsorted(ordered, ordered)
+    chosen = rank < _TOKENS_OF_CENTROID
+    order, ordered = order[chosen], ordered[chosen]
+    sums = torch.zeros(clusters, data.d, dtype=data.dtype, device=data.device).T
+    members = torch.zeros(clusters, dtype=data.dtype, device=data.device)
+    for start in range(0, len(order), width):
+        part = slice(start, start + width)
+        _add_to_clusters(sums, members, ordered[part], _directions_(data.columns(sample[order[part]])))
+    return _directions_(sums)
+
+
+def _clusters_by_blocks(
+    data: DataMatrix, sample: Tensor, clusters: int, width: int, max_iter: int, generator: torch.Generator
+) -> Tensor:
+    """The cluster of each sampled token, by blocks of neurons that lie together, evenly spread over all."""
+    count = _SOME_NEURONS // _BLOCK_NEURONS
+    blocks = [slice(first, first + _BLOCK_NEURONS) for first in (i * data.d // count for i in range(count))]
+    some = torch.cat([data.columns(sample, neurons).T for neurons in blocks], 1)  # [size, neurons]
+
+    def columns(places: Tensor) -> Tensor:
+        return some.index_select(0, places).T
+
+    return _cluster(columns, len(sample), clusters, width, max_iter, generator, data.device)[1]
+
+
+def _cluster(
+    columns: Callable[[Tensor], Tensor],
+    size: int,
+    clusters: int,
+    width: int,
+    max_iter: int,
+    generator: torch.Generator,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Centroids ``[d, clusters]``, and the cluster of each token before their last change, ``[size]``.
+
+    Args:
+        columns: gives copies of the tokens at some places of the sample, as columns.
+        size: of the sample.
+        clusters, max_iter, generator: as of ``kmeans_centroids``.
+        width: how many tokens are held at a time.
+        device: where they are.
+    """
+    places = torch.arange(size, device=device)
+    candidates = places[: max(_LEAST_CANDIDATES, _CANDIDATES_PER_CLUSTER * clusters)]
+    seeds = _seeds(columns, candidates.split(width), clusters, generator)
+    centroids = _directions_(columns(seeds))
+    similarity = torch.empty(size, dtype=centroids.dtype, device=centroids.device)
+    label = torch.empty_like(places)
     for _ in range(max_iter):
         sums = torch.zeros_like(centroids)
-        members = torch.zeros(clusters, dtype=data.dtype, device=data.device)
+        members = torch.zeros(clusters, dtype=centroids.dtype, device=centroids.device)
         # Gathered anew in parts, which costs less than it would take to keep them.
-        for start in range(0, size, width):
-            part = slice(start, min(start + width, size))
-            tokens = _directions_(data.columns(sample[part]))  # [d, part]
-            similarity[part], label = (centroids.T @ tokens).max(0)
-            _add_to_clusters(sums, members, label, tokens)
+        for part in places.split(width):
+            tokens = _directions_(columns(part))  # [d, part]
+            similarity[part], label[part] = (centroids.T @ tokens).max(0)
+            _add_to_clusters(sums, members, label[part], tokens)
             del tokens
         empty = (members == 0).nonzero()[:, 0]
-        sums[:, empty] = data.columns(sample[similarity.argsort(stable=True)[: len(empty)]])
+        farthest = similarity.argsort(stable=True)[: len(empty)]
+        sums[:, empty], label[farthest] = columns(farthest), empty
         centroids = _directions_(sums)
-    return centroids
+    return centroids, label
 
 
 def _add_to_clusters(sums: Tensor, members: Tensor, label: Tensor, tokens: Tensor) -> None:
@@ -153,23 +213,22 @@ def _add_to_clusters(sums: Tensor, members: Tensor, label: Tensor, tokens: Tenso
     members += joins.sum(0)
 
 
-def _seeds(data: DataMatrix, parts: Sequence[Tensor], clusters: int, generator: torch.Generator) -> Tensor:
+def _seeds(
+    columns: Callable[[Tensor], Tensor], parts: Sequence[Tensor], clusters: int, generator: torch.Generator
+) -> Tensor:
     """Which of the candidate tokens are k-means++ seeds, in the squared distance ``2 − 2 cos`` of their directions."""
     # Of all pairs at once, so that a seed costs a look at one row.
     count = sum(len(part) for part in parts)
-    cosines = torch.empty(count, count, dtype=data.dtype, device=data.device)
-    start = 0
+    cosines: Tensor | None = None
     for i, part in enumerate(parts):
-        rows = slice(start, start + len(part))
-        directions = _directions_(data.columns(part))
-        column = start
+        directions = _directions_(columns(part))
+        if cosines is None:
+            cosines = directions.new_empty(count, count)
         for other in parts[i:]:
-            columns = slice(column, column + len(other))
-            others = directions if other is part else _directions_(data.columns(other))
-            cosines[rows, columns] = directions.T @ others
-            cosines[columns, rows] = cosines[rows, columns].T
-            column += len(other)
-        start += len(part)
+            products = directions.T @ (directions if other is part else _directions_(columns(other)))
+            rows, cols = slice(int(part[0]), int(part[-1]) + 1), slice(int(other[0]), int(other[-1]) + 1)
+            cosines[rows, cols], cosines[cols, rows] = products, products.T
+    assert cosines is not None, "there is at least one token"
     distances = cosines.mul_(-2).add_(2).clamp_(min=0).cpu()
     draws = torch.rand(clusters, generator=generator, **DRAWN).double()
     seeds = [0]  # the sample is in random order already
@@ -182,7 +241,7 @@ def _seeds(data: DataMatrix, parts: Sequence[Tensor], clusters: int, generator: 
         seeds.append(min(seed, len(nearest) - 1))
         nearest = torch.minimum(nearest, distances[seeds[-1]].double())
         nearest[seeds[-1]] = 0
-    return torch.tensor(seeds, device=data.device)
+    return torch.tensor(seeds, device=parts[0].device)
 
 
 def _directions_(columns: Tensor) -> Tensor:
