@@ -123,21 +123,22 @@ void winner_take_all(const std::string& dtype, Address Z, int64_t row_stride, in
 
 void sparse_product(const std::string& dtype, const std::string& a_dtype, Address A, int64_t row_stride,
                     int64_t column_stride, int64_t d, int64_t n, Address indices, Address values, int64_t k,
-                    int64_t count, Address out, int threads) {
+                    int64_t count, Address starts, Address out, int threads) {
     const snmf::DType a_type = dtype_of(a_dtype);
     Call call;
     with_type(dtype, [&](auto zero) {
         using T = decltype(zero);
         const snmf::SparseProductArgs<T> args{at<void>(A), a_type, row_stride, column_stride, d, n,
                                               at<int64_t>(indices), at<T>(values), k, count, at<T>(out),
-                                              usable_threads(threads), call.interrupt()};
+                                              usable_threads(threads), call.interrupt(),
+                                              at<int64_t>(starts)};
         call.run(snmf::kernels().of<T>().sparse_product, args);
     });
 }
 
 py::tuple coefficient_pass(const std::string& dtype, const std::string& a_dtype, Address A, int64_t row_stride,
                            int64_t column_stride, int64_t d, int64_t n, Address indices, Address values, int64_t k,
-                           int64_t count, Address ZtZ, Address Y, int64_t ldy, Address out, int64_t ldo, Address row_scale,
+                           int64_t count, Address starts, Address ZtZ, Address Y, int64_t ldy, Address out, int64_t ldo, Address row_scale,
                            Address shift, Address token_weights, Address AYt, Address feature_norms, int64_t max_active,
                            Address residual_values, bool multiplicative, int sweeps, double eps, double tol, bool measure, int threads,
                            py::object listener) {
@@ -152,7 +153,7 @@ py::tuple coefficient_pass(const std::string& dtype, const std::string& a_dtype,
                                      at<T>(feature_norms), max_active, at<T>(residual_values), sums,
                                      static_cast<T>(eps),
                                      static_cast<T>(tol), sweeps, multiplicative, measure, usable_threads(threads),
-                                     call.interrupt()};
+                                     call.interrupt(), at<int64_t>(starts)};
         call.run(snmf::kernels().of<T>().coefficient_pass, args);
     });
     return py::make_tuple(sums[0], sums[1], sums[2], sums[3], sums[4], static_cast<int>(sums[snmf::sum_sweeps]));
@@ -285,9 +286,9 @@ PYBIND11_MODULE(_C, module) {
     module.def("winner_take_all", &winner_take_all, "dtype"_a, "Z"_a, "row_stride"_a, "column_stride"_a, "d"_a, "k"_a,
                "count"_a, "indices"_a, "values"_a, "threads"_a);
     module.def("sparse_product", &sparse_product, "dtype"_a, "a_dtype"_a, "A"_a, "row_stride"_a, "column_stride"_a, "d"_a,
-               "n"_a, "indices"_a, "values"_a, "k"_a, "count"_a, "out"_a, "threads"_a);
+               "n"_a, "indices"_a, "values"_a, "k"_a, "count"_a, "starts"_a, "out"_a, "threads"_a);
     module.def("coefficient_pass", &coefficient_pass, "dtype"_a, "a_dtype"_a, "A"_a, "row_stride"_a, "column_stride"_a,
-               "d"_a, "n"_a, "indices"_a, "values"_a, "k"_a, "count"_a, "ZtZ"_a, "Y"_a, "ldy"_a, "out"_a, "ldo"_a, "row_scale"_a,
+               "d"_a, "n"_a, "indices"_a, "values"_a, "k"_a, "count"_a, "starts"_a, "ZtZ"_a, "Y"_a, "ldy"_a, "out"_a, "ldo"_a, "row_scale"_a,
                "shift"_a, "token_weights"_a, "AYt"_a, "feature_norms"_a, "max_active"_a,
                "residual_values"_a, "multiplicative"_a, "sweeps"_a, "eps"_a,
                "tol"_a, "measure"_a, "threads"_a, "listener"_a,

@@ -60,6 +60,7 @@ struct SparseProductArgs {
     T* out;          // [k, n], contiguous
     int threads;
     Interrupt interrupt = {};
+    const int64_t* starts = nullptr;  // [k + 1] or null, see PassArgs
 };
 
 // What a pass adds up over the tokens.
@@ -103,6 +104,8 @@ struct PassArgs {
     int measure;
     int threads;
     Interrupt interrupt = {};
+    // Column i keeps its first starts[i + 1] - starts[i] entries only, the others are zeros; null: count, all.
+    const int64_t* starts = nullptr;
 };
 
 template <typename T>

@@ -67,6 +67,7 @@ def sparse_product(
     values: int,
     k: int,
     count: int,
+    starts: int,
     out: int,
     threads: int,
 ) -> None: ...
@@ -82,6 +83,7 @@ def coefficient_pass(
     values: int,
     k: int,
     count: int,
+    starts: int,
     ZtZ: int,
     Y: int,
     ldy: int,

@@ -72,7 +72,7 @@ def sparse_product(Z: SparseColumns, A: Tensor) -> Tensor:
     out = torch.empty(Z.k, n, dtype=values.dtype, device="cpu")
     _C.sparse_product(
         _name(values), _name(A), A.data_ptr(), A.stride(0), A.stride(1), d, n,
-        indices.data_ptr(), values.data_ptr(), Z.k, indices.shape[1], out.data_ptr(), threads(),
+        indices.data_ptr(), values.data_ptr(), Z.k, indices.shape[1], _address(Z.starts), out.data_ptr(), threads(),
     )  # fmt: skip
     return out
 
@@ -104,14 +104,17 @@ def coefficient_pass(
         None if optional is None else optional.contiguous()
         for optional in (row_scale, shift, feature_norms, token_weights, residual_values)
     )
-    AYt = torch.empty_like(values) if products == "kept" else None
+    AYt = None
+    if products == "kept":
+        # Of a column with fewer entries the rest is not written.
+        AYt = torch.empty_like(values) if Z.starts is None else torch.zeros_like(values)
     d, n = A.shape
     sums = _C.coefficient_pass(
         _name(Y), _name(A), A.data_ptr(), A.stride(0), A.stride(1), d, n, indices.data_ptr(), values.data_ptr(),
-        Z.k, indices.shape[1], ZtZ.data_ptr(), Y.data_ptr(), _row_stride(Y), target.data_ptr(), _row_stride(target),
-        _address(row_scale), _address(shift), _address(token_weights), _address(AYt), _address(feature_norms),
-        max_active, _address(residual_values), multiplicative, sweeps, eps, tol, measure, threads(),
-        pass_listener.get(),
+        Z.k, indices.shape[1], _address(Z.starts), ZtZ.data_ptr(),
+        Y.data_ptr(), _row_stride(Y), target.data_ptr(), _row_stride(target), _address(row_scale),
+        _address(shift), _address(token_weights), _address(AYt), _address(feature_norms), max_active,
+        _address(residual_values), multiplicative, sweeps, eps, tol, measure, threads(), pass_listener.get(),
     )  # fmt: skip
     if target is not out:
         out.copy_(target)

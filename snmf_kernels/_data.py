@@ -13,7 +13,7 @@ from torch import Tensor
 from ._backends import Kernels
 from ._checks import dtype_name
 from ._scope import interruptible
-from .reference import dense_product, short_parts, token_blocks
+from .reference import dense_product, short_parts, token_blocks, without_subnormals
 from .sparse import PassResult, SparseColumns
 
 # Magnitudes whose squares, and sums of many of them, stay far inside the range of the dtype: A is divided by a power of
@@ -24,6 +24,8 @@ _BOUNDS = {torch.float32: (2.0**-110, 2.0**118), torch.float64: (2.0**-480, 2.0*
 _GRAM_ELEMENTS = {"cpu": 1 << 22}
 # Gram matrices of at least so many rows are computed as their upper blocks only.
 _BLOCKED_GRAM, _GRAM_BLOCK = 192, 96
+# Tokens that are searched for subnormal numbers.
+_SUBNORMAL_SAMPLE = 64
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -135,6 +137,8 @@ class DataMatrix:
         # A power of two that A is divided by where its squares are formed, and one that it is divided by throughout.
         self.magnitude = self.unit = 1.0
         self._clipped = False
+        # Whether A has so many subnormal numbers that torch's products shall see zeros in their place.
+        self._flushes = False
         self._inverse_scale: Tensor | None = None
         self._squared_norm: Tensor | None = None
         self._rows: tuple[Tensor, Tensor] | None = None
@@ -196,6 +200,7 @@ class DataMatrix:
             ValueError: A is not finite, or beyond what the working dtype can multiply.
         """
         if self._rows is None:
+            self._flushes = self._has_subnormals()
             squares, magnitudes = self._row_statistics()
             low, high = _SAFE[self.dtype]
             if self.magnitude == 1 and not low <= math.sqrt(float(squares.max())) <= high:
@@ -239,7 +244,17 @@ class DataMatrix:
         """Blocks of ``A / magnitude`` in the working dtype, not to be written to."""
         for tokens, block in self._raw_blocks():
             values = block.to(self.dtype)
+            if self._flushes:
+                values = without_subnormals(values)
             yield tokens, values if self.magnitude == 1 else values / self.magnitude
+
+    def _has_subnormals(self) -> bool:
+        """Whether a thousandth of a sample of A are subnormal numbers, with which a CPU's operations are slow."""
+        if self.device.type != "cpu":
+            return False
+        sample = self.A[:, :: -(-self.n // _SUBNORMAL_SAMPLE)].to(self.dtype).abs()
+        few = (sample > 0) & (sample < torch.finfo(self.dtype).tiny)
+        return int(few.sum()) * 1000 > sample.numel()
 
     def _find_magnitude(self) -> float:
         """The power of two below the largest magnitude in A, 1 for an all-zero A."""
@@ -270,7 +285,7 @@ class DataMatrix:
 
     def times(self, right: Tensor, weights: Tensor | None = None) -> Tensor:
         """``(A diag(weights) right)ᵀ`` for ``right [n, r]``, as ``[r, d]``: a feature's neurons lie together."""
-        product = dense_product(right.T, self.A, weights)
+        product = dense_product(right.T, self.A, weights, flush=self._flushes)
         return product if self._inverse_scale is None else product.mul_(self._inverse_scale)
 
     def transposed_times(self, left: Tensor) -> Tensor:

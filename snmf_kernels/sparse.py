@@ -17,11 +17,14 @@ class SparseColumns:
         indices: rows of the kept entries, ``int64 [k, count]``, ascending in each row.
         values: the kept entries, ``[k, count]``. An entry may be zero, where a column has fewer non-zeros.
         d: number of rows of the matrix.
+        starts: where columns have different numbers of entries, ``int64 [k + 1]``: column i has its first
+            ``starts[i + 1] - starts[i]``, and the others are zeros that fill it up. None: ``count`` each.
     """
 
     indices: Tensor
     values: Tensor
     d: int
+    starts: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.indices.dtype != torch.int64 or self.indices.ndim != 2:
@@ -42,15 +45,15 @@ class SparseColumns:
 
     def copied(self) -> SparseColumns:
         """The same in memory of its own."""
-        return SparseColumns(self.indices.clone(), self.values.clone(), self.d)
+        return SparseColumns(self.indices.clone(), self.values.clone(), self.d, self.starts)
 
     def scaled_rows(self, scale: Tensor) -> SparseColumns:
         """``diag(scale) Z`` for ``scale [d]``."""
-        return SparseColumns(self.indices, self.values * scale[self.indices], self.d)
+        return SparseColumns(self.indices, self.values * scale[self.indices], self.d, self.starts)
 
     def scaled_columns(self, scale: Tensor) -> SparseColumns:
         """``Z diag(scale)`` for ``scale [k]``."""
-        return SparseColumns(self.indices, self.values * scale[:, None], self.d)
+        return SparseColumns(self.indices, self.values * scale[:, None], self.d, self.starts)
 
     def gather(self, transposed: Tensor) -> Tensor:
         """Entries of ``transposed [k, d]`` at the kept places, ``[k, count]``."""
@@ -64,10 +67,16 @@ class SparseColumns:
 
     def joined(self, other: SparseColumns) -> SparseColumns:
         """The columns of both, those of ``other`` last. Shorter ones are filled up with explicit zeros at their end."""
-        count = max(self.indices.shape[1], other.indices.shape[1])
-        left, right = self._filled(count), other._filled(count)
+        counts = self.indices.shape[1], other.indices.shape[1]
+        left, right = self._filled(max(counts)), other._filled(max(counts))
+        starts = None
+        if counts[0] != counts[1]:
+            steps = torch.arange(max(self.k, other.k) + 1, device=self.indices.device)
+            starts = torch.cat(
+                [steps[: self.k] * counts[0], self.k * counts[0] + steps[: other.k + 1] * counts[1]]
+            )
         return SparseColumns(
-            torch.cat([left.indices, right.indices]), torch.cat([left.values, right.values]), self.d
+            torch.cat([left.indices, right.indices]), torch.cat([left.values, right.values]), self.d, starts
         )
 
     def _filled(self, count: int) -> SparseColumns:
