@@ -149,7 +149,11 @@ class PaperIterations:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and numbers from which ``restore`` goes on to the same bits."""
-        tensors, best = self._state.tensors(), self._best.tensors()
+        # Copies, for a file keeps no tensor twice, and the best features may be the last ones.
+        tensors = self._state.tensors()
+        best = {
+            name: value if name == "best_Y" else value.clone() for name, value in self._best.tensors().items()
+        }
         shared = not self._steps.deferred and self._best.Y is self._state.Y
         if shared:
             del best["best_Y"]

@@ -47,17 +47,20 @@ def scale_and_clip(data: DataMatrix, *, scale: bool, clip: bool) -> Tensor | Non
         if scale:
             data.divide_neurons(_scale(data))
         of_tokens, raw = data.token_squares()
+        far_out = _clipped(raw, FAR_OUT, 1.0)
         if not clip:
             break
         weights = _clipped(of_tokens, CLIP, CLIP) * _clipped(of_tokens, FAR_OUT, FAR_OUT)
+        # Few loud neurons of a token hide in its scaled norm, since their scale is loud as well.
+        weights = torch.minimum(weights, far_out)
         before = torch.ones_like(weights) if data.token_weights is None else data.token_weights
         if float((weights.sqrt() - before.sqrt()).abs().max()) <= _SETTLED:
             break
         data.clip_tokens(weights)
-        if not scale or 1 - _energy(of_tokens, weights) / _energy(of_tokens, before) < _NEGLIGIBLE:
+        taken = 1 - _energy(of_tokens, weights) / _energy(of_tokens, before)
+        if not scale or (taken < _NEGLIGIBLE and bool((far_out == 1).all())):
             break
     _warn(of_tokens, raw, clip)
-    far_out = _clipped(raw, FAR_OUT, 1.0)
     return far_out if bool((far_out < 1).any()) else None
 
 

@@ -545,7 +545,7 @@ def test_max_active_takes_the_lower_of_equal_features(backend, device):
     assert torch.equal(kept, Y * torch.tensor([1, 1, 0, 0, 0, 1], device=device)[:, None])
 
 
-@pytest.mark.parametrize("power", [-60, -30, 30, 55])
+@pytest.mark.parametrize("power", [-50, -30, 30, 55])
 @pytest.mark.parametrize(("backend", "device"), runs_here("coefficient_pass", k=9, max_active=1))
 def test_max_active_at_any_scale_of_the_data(backend, device, power):
     Y, Z, A, ZtZ = pass_problem(67, 40, 9, 20, torch.float32, device)
