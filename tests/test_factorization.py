@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
+import threading
 
 import numpy as np
 import pytest
@@ -199,3 +202,37 @@ def test_a_newer_format_is_refused(tmp_path, fitted):
     save_file(tensors, path, metadata={"snmf_kernels": json.dumps(header)})
     with pytest.raises(ValueError, match="lacks Y"):
         Factorization.load(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
+def test_what_is_no_regular_file_is_written_into(tmp_path, fitted):
+    fifo, plain = tmp_path / "fifo", tmp_path / "plain"
+    os.mkfifo(fifo)
+    read = []
+    reader = threading.Thread(target=lambda: read.append(fifo.read_bytes()))
+    reader.start()
+    fitted[1].save(fifo)
+    reader.join(20)
+    fitted[1].save(plain)
+    assert read == [plain.read_bytes()]
+    assert stat.S_ISFIFO(fifo.stat().st_mode)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo", "plain"]
+
+
+def test_a_link_stays_one(tmp_path, fitted):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("older")
+    link.symlink_to(target)
+    fitted[1].save(link)
+    assert link.is_symlink()
+    assert Factorization.load(target).k == fitted[1].k
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_permissions_of_the_umask(tmp_path, fitted, umask, mode):
+    before = os.umask(umask)
+    try:
+        fitted[1].save(tmp_path / "f.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "f.safetensors").stat().st_mode) == mode

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from conftest import runs_here
 from problems import PARITY, assert_near, planted, published_iteration, relative_difference
 
 import snmf_kernels
-from snmf_kernels import StopReason, _backends, fit, reference
+from snmf_kernels import FitWarning, StopReason, _backends, fit, ops, reference
 from snmf_kernels._data import DataMatrix, rounding
 from snmf_kernels._problem import Problem
 
@@ -362,7 +363,18 @@ def test_progress_bar(capsys):
     fit(torch.rand(10, 10), 2, keep=0.5, max_iter=3, progress=True)
     printed = capsys.readouterr()
     assert "snmf_kernels.fit" in printed.err
+    for phase in ("start", "last sweeps"):
+        assert phase in printed.err
+    # However many iterations it might have had.
+    assert "3/3" in printed.err.rpartition("\r")[2]
     assert printed.out == ""
+
+
+def test_a_bar_that_ended_early_is_full(capsys):
+    pytest.importorskip("tqdm")
+    result = fit(torch.rand(10, 10), 2, keep=0.5, max_iter=150, progress=True)
+    assert result.n_iter < 150
+    assert f"{result.n_iter}/{result.n_iter}" in capsys.readouterr().err.rpartition("\r")[2]
 
 
 def test_warm_start():
@@ -455,6 +467,46 @@ REFUSALS = {
         snmf_kernels.BackendError,
         "it runs on CUDA devices",
     ),
+    "solver type": (
+        lambda: fit(MATRIX, 1, solver=[]),
+        ValueError,
+        r"solver: wanted one of auto, mu, got \[\]",
+    ),
+    "device that does not compute": (
+        lambda: fit(MATRIX, 1, device="meta"),
+        ValueError,
+        "device: wanted a device that this torch computes on, got meta; use device='cpu'",
+    ),
+    "no device": (
+        lambda: fit(MATRIX, 1, device="gpu"),
+        ValueError,
+        "device: wanted a device such as 'cpu' or 'cuda:0', got 'gpu'",
+    ),
+    "callback": (
+        lambda: fit(MATRIX, 1, callback=3),
+        TypeError,
+        "callback: wanted a function of an Iteration",
+    ),
+    "weights type": (
+        lambda: fit(MATRIX, 1, token_weights="a"),
+        TypeError,
+        "token_weights: wanted a tensor or array of one number for each token, 'clip' or None, got 'a'",
+    ),
+    "tiny weights": (
+        lambda: fit(MATRIX, 1, token_weights=1e-40 * torch.ones(4)),
+        ValueError,
+        "token_weights: wanted a largest weight between 1e-12 and 1e12, got 1e-40; only their ratios",
+    ),
+    "tiny fixed": (
+        lambda: fit(MATRIX, 2, fixed=torch.tensor([[1e-30], [0.0], [0.0]])),
+        ValueError,
+        "fixed: wanted columns in the units of A, got column 0 with a norm of 1e-30",
+    ),
+    "memory": (
+        lambda: fit(MATRIX.repeat(1, 1000), 2**31 - 1),
+        ValueError,
+        r"k: Y \[k, n\] = \[2147483647, 4000\] would take 34,359.7 GB in float32, and .* GB are free on cpu",
+    ),
     "overflow": (
         lambda: fit(torch.full((2, 2), 1e300, dtype=torch.float64), 1),
         ValueError,
@@ -533,3 +585,63 @@ def test_loss_history_matches_dense_losses():
     history = fit(A, 5, keep=keep, solver="mu", init=(None, Y0), max_iter=20, tol=0, patience=20).loss_history
     _, _, losses = published_iteration(A, Y0, keep, 20)
     assert relative_difference(torch.tensor(history), torch.tensor(losses)) < 1e-10
+
+
+def test_doubts_are_said_before_the_work():
+    A = torch.rand(64, 50)
+    with pytest.warns(FitWarning, match=r"keep: a feature would keep 1 of 64 neurons.*use keep=0.05 or more"):
+        fit(A, 2, max_iter=1)
+    with pytest.warns(FitWarning, match="k: 60 features for 50 tokens"):
+        fit(A, 60, keep=0.2, max_iter=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(A, 50, keep=0.05, max_iter=1)
+        fit(torch.rand(2, 50), 2, keep=1.0, max_iter=1)
+
+
+def test_a_warning_names_the_line_of_the_caller():
+    with pytest.warns(FitWarning) as caught:
+        fit(torch.rand(64, 50), 2, max_iter=1)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("shape", "hint"), [((1000, 768), True), ((1536, 1000), False), ((1536, 768), False)]
+)
+def test_what_looks_the_wrong_way_round_gets_a_hint(caplog, shape, hint):
+    fit(torch.rand(shape), 2, max_iter=1)
+    assert ("rows are neurons: if yours are tokens, pass A.T" in caplog.text) == hint
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["neuron-major", "token-major"])
+@pytest.mark.parametrize("neuron_scale", [None, "rms"])
+def test_subnormal_numbers_count_as_zeros(dtype, layout, neuron_scale):
+    A = LAYOUTS[layout](planted(60, 900, 4, keep=0.1, noise=0.3)[0].to(dtype))
+    faint = torch.rand(A.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    tiny = torch.finfo(dtype).tiny / 8
+    assert tiny > 0
+    results = [
+        fit(
+            torch.where(faint, torch.full_like(A, value), A),
+            4,
+            keep=0.1,
+            neuron_scale=neuron_scale,
+            max_iter=5,
+        )
+        for value in (0.0, tiny)
+    ]
+    assert_near(results[1].Z, results[0].Z, 1e-5)
+    assert_near(results[1].Y, results[0].Y, 1e-5)
+
+
+@pytest.mark.parametrize("method", ["coordinate_descent", "multiplicative_update"])
+def test_kernels_make_no_subnormal_numbers(method):
+    """Whose operations take a hundred times as long on many processors."""
+    generator = torch.Generator().manual_seed(0)
+    Y, ZtA = torch.rand(4, 50, generator=generator), torch.rand(4, 50, generator=generator)
+    scale = torch.finfo(torch.float32).tiny / 4
+    got = getattr(ops, method)(Y * scale, ZtA * scale, torch.eye(4), backend="cpp")
+    assert int((got != 0).sum()) == 0
+    # Only while a kernel runs.
+    assert float(torch.full((), 1.0) * scale) != 0

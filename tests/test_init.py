@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import planted
+from problems import assert_near, planted
 
 from snmf_kernels import _backends, fit
 from snmf_kernels._data import DataMatrix
 from snmf_kernels._outliers import scale_and_clip
-from snmf_kernels.init import FLOOR, INITS, kmeans_init, random_init, svd_init
+from snmf_kernels.init import FLOOR, INITS, kmeans_centroids, kmeans_init, random_init, svd_init
 
 
 def data_of(A, scaled=False):
@@ -105,3 +105,33 @@ def test_svd_starts_nearer_than_random():
         for init in ("svd", "random")
     }
     assert losses["svd"] < losses["random"]
+
+
+def test_kmeans_of_a_wide_layer_finds_separated_clusters():
+    """Of so many neurons, blocks of some decide which tokens belong together."""
+    d, n, k = 6000, 1200, 12
+    directions = torch.randn(d, k, generator=generator(3))
+    belongs = torch.randint(0, k, (n,), generator=generator(4))
+    A = directions[:, belongs] * (1 + torch.rand(n, generator=generator(5)))
+    A = A + torch.randn(d, n, generator=generator(6))
+    for layout in (A, A.T.contiguous().T):
+        centroids = kmeans_centroids(data_of(layout), k, generator())
+        assert torch.allclose(centroids.norm(dim=0), torch.ones(k), atol=1e-5)
+        cosines = (directions / directions.norm(dim=0)).T @ centroids
+        assert sorted(cosines.argmax(0).tolist()) == list(range(k))
+        assert bool((cosines.max(0).values > 0.9).all())
+
+
+def test_kmeans_of_a_wide_layer_with_more_clusters_than_tokens():
+    A = torch.randn(5000, 7, generator=generator(1))
+    centroids = kmeans_centroids(data_of(A), 9, generator())
+    assert centroids.shape == (5000, 7)
+    assert_near(centroids.sort(1).values, (A / A.norm(dim=0)).sort(1).values, 1e-5)
+
+
+def test_large_random_starts_are_drawn_row_by_row(monkeypatch):
+    monkeypatch.setattr("snmf_kernels.init._DRAWN_AT_ONCE", 100)
+    Y = random_init(data_of(torch.rand(9, 40)), 5, generator())
+    assert Y.shape == (5, 40)
+    assert len(Y.unique()) > 195
+    assert torch.equal(Y, random_init(data_of(torch.rand(9, 40)), 5, generator()))

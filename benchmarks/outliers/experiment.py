@@ -3,9 +3,8 @@
     python benchmarks/outliers/experiment.py run      # results.json and table.md; 20 minutes on two cores
 
 *Tokens*: 1 % of the tokens of a layer are made 10, 50 or 200 times as large as the mean one, in four ways. Table: by
-how much the squared error on the other tokens exceeds that of a fit without them, in the units of the objective (neurons
-over their root mean square on the other tokens), with clipped weights (the default) and with equal ones; mean over
-starts, and the largest.
+how much the squared error on the other tokens exceeds that of a fit without them, each neuron divided by its root mean
+square on these, with clipped weights (the default) and with equal ones; mean over starts, and the largest.
 
 *Neurons*: 200 neurons are added. Table: how many of 100 features have more than half of their energy in them, by start.
 """
