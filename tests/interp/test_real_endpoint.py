@@ -32,7 +32,6 @@ SHORT = 24
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
     pytest.mark.real_model,
     pytest.mark.skipif(
         any(
