@@ -1,5 +1,6 @@
 # make demo    sets up, then reads features of a real language model
-# make test    sets up, then runs the tests
+# make test    sets up, then runs the tests, but for the slow ones
+# make test-all  all tests; test-slow: the slow ones alone (every kernel compiled ahead of time, sanitizers, real models, …)
 # make bench   benchmarks (pytest-benchmark), results as JSON under benchmarks/results
 # make lint    ruff and mypy
 # make format  rewrites the code as ruff formats it
@@ -9,14 +10,22 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*) snmf_kernels/_version.py
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test test-slow test-all bench lint format clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/snmf demo
 
 # Files side by side, since most tests keep one core busy; not too many, for some load a language model.
+# Threads that wait must not spin where others have work.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/test.stamp
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-json=benchmarks/results/latest.json

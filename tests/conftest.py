@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+# Seconds for a slow test, whose fixtures may compile for minutes; pyproject.toml has the limit of the others.
+SLOW_LIMIT = 900
 GPU = torch.cuda.is_available()
 if not GPU:
     # Before the first import of triton: its kernels then run on CPU tensors.
@@ -34,6 +36,23 @@ def runs_here(operation: str, **limits: int) -> list:
             or _backends.refusal(backend, torch.device(device), torch.float32, operation, **limits) is None
         )
     ]
+
+
+def interpreted(backend: str, device: str) -> bool:
+    """Whether every instruction of a kernel takes microseconds."""
+    return backend == "triton" and device == "cpu"
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """``slow_where(condition)``: slow for those parameters of a test of which the condition holds.
+
+    Slow tests have more time, where pytest-timeout is there to watch it.
+    """
+    for mark in item.iter_markers("slow_where"):
+        if mark.args[0](**item.callspec.params):
+            item.add_marker(pytest.mark.slow)
+    if item.get_closest_marker("slow") and item.config.pluginmanager.hasplugin("timeout"):
+        item.add_marker(pytest.mark.timeout(SLOW_LIMIT))
 
 
 @pytest.fixture(autouse=True)

@@ -93,19 +93,18 @@ def compiled():
     return compile_all()
 
 
-def test_sizes_of_one_compile():
-    assert {kernel for kernel, _ in compile_all("ones")} >= set(BOUNDS)
+def assert_within_bounds(row):
+    registers, shared, wide_loads = BOUNDS[row["kernel"]]
+    assert row["stack"] == 0, "registers were spilled"
+    # On gfx942, of the kernel with the most addresses.
+    assert row["scalar_spills"] <= (40 if row["kernel"].startswith("column_descent") else 0)
+    assert row["registers"] <= registers
+    assert row["shared"] <= shared
+    assert row["wide_loads"] >= wide_loads
 
 
-def test_every_configuration_is_covered(compiled):
-    ragged = [f"{kernel}-ragged" for kernel in RAGGED]
-    assert set(compiled) == {(kernel, target) for kernel in (*BOUNDS, *ragged) for target in TARGETS}
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kernel", RAGGED)
-def test_resources_without_aligned_rows(compiled, kernel, target):
-    row = compiled[f"{kernel}-ragged", target]
+def assert_within_bounds_without_aligned_rows(row):
+    kernel = row["kernel"].removesuffix("-ragged")
     # The large tile of the update is at the limit where rows are aligned.
     assert row["stack"] <= (192 if kernel == "multiplicative_update-fp32-large" else 0), (
         "registers were spilled"
@@ -114,23 +113,8 @@ def test_resources_without_aligned_rows(compiled, kernel, target):
     assert (row["reduced"] > 0) == (kernel in IN_PARTS + IN_TF32)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kernel", BOUNDS)
-def test_resources(compiled, kernel, target):
-    row = compiled[kernel, target]
-    registers, shared, wide_loads = BOUNDS[kernel]
-    assert row["stack"] == 0, "registers were spilled"
-    # On gfx942, of the kernel with the most addresses.
-    assert row["scalar_spills"] <= (40 if kernel.startswith("column_descent") else 0)
-    assert row["registers"] <= registers
-    assert row["shared"] <= shared
-    assert row["wide_loads"] >= wide_loads
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kernel", BOUNDS)
-def test_float32_is_float32(compiled, kernel, target):
-    row = compiled[kernel, target]
+def assert_float32_is_float32(row):
+    kernel = row["kernel"]
     if kernel in IN_TF32:
         assert row["reduced"] >= 1
         return
@@ -139,7 +123,47 @@ def test_float32_is_float32(compiled, kernel, target):
         return
     assert row["reduced"] >= 3, "three parts"
     # Tensor cores, which round towards zero, add up one block alone; what accumulates adds its sums to memory, too.
-    of_a_thread = 64 * 64 // (256 if target == "gfx942" else 128)
+    of_a_thread = 64 * 64 // (256 if row["target"] == "gfx942" else 128)
     wanted = of_a_thread * (2 if kernel.startswith("accumulate") else 1)
     assert row["additions"] >= wanted, "sums were left to tensor cores"
     assert not [opcode for opcode in row["opcodes"] if "tf32" in opcode]
+
+
+# The smallest kernel for every target, and one whose products go to tensor cores in parts, in each layout.
+@pytest.mark.parametrize(("words", "count"), [(("copy_if",), 8), (("product-fp32-bf16", "sm_90"), 4)])
+def test_a_few(words, count):
+    rows = compile_all(*words).values()
+    assert len(rows) == count
+    for row in rows:
+        if row["kernel"].endswith("-ragged"):
+            assert_within_bounds_without_aligned_rows(row)
+        else:
+            assert_within_bounds(row)
+            assert_float32_is_float32(row)
+
+
+@pytest.mark.slow
+class TestAll:
+    """Minutes of compiling, unless Triton has kept what it compiled before."""
+
+    def test_sizes_of_one_compile(self):
+        assert {kernel for kernel, _ in compile_all("ones")} >= set(BOUNDS)
+
+    def test_every_configuration_is_covered(self, compiled):
+        ragged = [f"{kernel}-ragged" for kernel in RAGGED]
+        assert set(compiled) == {(kernel, target) for kernel in (*BOUNDS, *ragged) for target in TARGETS}
+
+    @pytest.mark.parametrize("target", TARGETS)
+    @pytest.mark.parametrize("kernel", RAGGED)
+    def test_resources_without_aligned_rows(self, compiled, kernel, target):
+        assert_within_bounds_without_aligned_rows(compiled[f"{kernel}-ragged", target])
+
+    @pytest.mark.parametrize("target", TARGETS)
+    @pytest.mark.parametrize("kernel", BOUNDS)
+    def test_resources(self, compiled, kernel, target):
+        assert_within_bounds(compiled[kernel, target])
+
+    @pytest.mark.parametrize("target", TARGETS)
+    @pytest.mark.parametrize("kernel", BOUNDS)
+    def test_float32_is_float32(self, compiled, kernel, target):
+        assert_float32_is_float32(compiled[kernel, target])

@@ -140,6 +140,7 @@ class TestTuner:
             entry.put(committed)
             script.prepared.cache_clear()
 
+    @pytest.mark.slow
     def test_what_it_writes_is_the_table_with_what_it_found(self, script, tmp_path, monkeypatch):
         run_gpu_script("gpu_tune.py", "--out", tmp_path)
         found = {row["entry"]: row for row in json.loads((tmp_path / "tune.json").read_text())["entries"]}
@@ -232,6 +233,7 @@ class TestTuner:
     "script",
     ["defaults/experiment.py", "time_to_loss/benchmark.py", "scaling/benchmark.py", "hierarchy/benchmark.py"],
 )
+@pytest.mark.slow_where(lambda script: not script.startswith("scaling"))
 def test_experiments_say_how_they_are_run(script):
     printed = subprocess.run(
         [sys.executable, str(BENCHMARKS / script), "--help"], capture_output=True, text=True, check=True

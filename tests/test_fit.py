@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import runs_here
+from conftest import interpreted, runs_here
 from problems import PARITY, assert_near, planted, published_iteration, relative_difference
 
 import snmf_kernels
@@ -26,6 +26,9 @@ def problem(dtype=torch.float64, d=64, n=60, k=5, keep=0.1):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.slow_where(
+    lambda backend, device, dtype: interpreted(backend, device) and dtype == torch.float32
+)
 @pytest.mark.parametrize(("backend", "device"), runs_here("multiplicative_update"))
 def test_mu_is_the_published_iteration(backend, device, dtype):
     A, Y0, keep = problem(dtype)

@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from problems import planted
 from scipy.optimize import nnls
+from test_properties import FEW
 
 from snmf_kernels import _backends, _pivoting, _problem, fit, reference
 from snmf_kernels._pivoting import Pivoting, price_in_sweeps
@@ -44,7 +45,7 @@ def test_it_is_non_negative_least_squares(backend, shared, shift):
     assert np.array_equal(got.numpy() == 0, wanted == 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(FEW, max_examples=60)
 @given(
     k=st.integers(1, 9),
     extra=st.integers(0, 5),

@@ -7,15 +7,21 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from problems import DESCENT_TOLERANCE, SOLVE_TOLERANCE, assert_near
 from test_operations import double
 
 from snmf_kernels import SparseColumns, _backends, fit, ops, reference
 
-# The same examples in every run.
-FEW = settings(derandomize=True, deadline=None, max_examples=30, database=None)
+# The same examples in every run, however slow the machine.
+FEW = settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=30,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 
 BACKENDS = st.sampled_from(["cpp", "torch"])
 SEEDS = st.integers(0, 2**31 - 1)

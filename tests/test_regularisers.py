@@ -313,15 +313,19 @@ def test_weight_zero_leaves_a_token_out(activations, options, backend, neuron_sc
     weighted = fit(A, 6, init=(None, Y0), token_weights=kept.double(), **options)
     without = fit(A[:, kept], 6, init=(None, Y0[:, kept]), **options)
     assert_near(weighted.Z, without.Z, 1e-10)
-    assert_near(weighted.Y[:, kept], without.Y, 5e-3)  # the last sweeps stop tile by tile
     assert weighted.loss_history[:-1] == pytest.approx(without.loss_history[:-1], rel=1e-10)
     assert weighted.relative_error == pytest.approx(without.relative_error, rel=1e-3)
     if neuron_scale:
         assert_near(weighted.neuron_scale, without.neuron_scale, 1e-14)
-    # A token that was left out has its coefficients all the same; with max_active no last sweeps make them optimal.
-    assert_near(
-        weighted.Y[:, ~kept], weighted.encode(A[:, ~kept]).Y, 0.2 if "max_active" in options else 2e-2
-    )
+    # A token that was left out has its coefficients all the same.
+    if "max_active" in options:  # no last sweeps make them optimal
+        assert_near(weighted.Y[:, kept], without.Y, 1e-10)
+        assert_near(weighted.Y[:, ~kept], weighted.encode(A[:, ~kept]).Y, 0.2)
+        return
+    # The last sweeps stop tile by tile, where a change of Y is below 1e-3.
+    assert distance_from_optimum(without, A[:, kept]) < 1e-3
+    for tokens in (kept, ~kept):
+        assert distance_from_optimum(weighted, A[:, tokens], weighted.Y[:, tokens]) < 1e-3
 
 
 @pytest.mark.parametrize("neuron_scale", SCALES)
@@ -331,8 +335,9 @@ def test_a_token_of_weight_zero_has_no_say_in_the_start(activations, init, neuro
     wild = activations.clone()
     wild[:, ~kept] = 100 * activations.flip(0)[:, ~kept]
     options = {"keep": 0.1, "init": init, "neuron_scale": neuron_scale, "token_weights": kept.double()}
-    tame, other = (fit(A, 6, max_iter=3, **options) for A in (activations, wild))
-    assert_near(other.Z, tame.Z, 1e-3)  # sweeps end tile by tile
+    # More than one sweep would end tile by tile.
+    tame, other = (fit(A, 6, sweeps=1, max_iter=3, **options) for A in (activations, wild))
+    assert_near(other.Z, tame.Z, 1e-10)
 
 
 def test_the_start_by_svd_is_that_of_weighted_tokens(activations):

@@ -24,6 +24,7 @@ def build(folder: Path, *flags: str) -> Path:
 
 @needs_compiler
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+@pytest.mark.slow_where(lambda sanitizer: sanitizer != "thread")
 def test_right_and_without_races(tmp_path, sanitizer):
     run = subprocess.run(
         [build(tmp_path, f"-fsanitize={sanitizer}")], capture_output=True, text=True, timeout=300
@@ -34,6 +35,7 @@ def test_right_and_without_races(tmp_path, sanitizer):
 
 # Between a column of the factor and its use; before a system is read anew; between two systems of a list.
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize("barrier", [1, 2, 3])
 def test_a_missing_barrier_is_found(tmp_path, barrier):
     program = build(tmp_path, "-fsanitize=thread", f"-DSNMF_TEST_DROP_BARRIER={barrier}")

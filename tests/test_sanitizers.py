@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+# They take half a minute to compile. tests/test_operations.py has every level's kernels at awkward sizes.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 DRIVER = ROOT / "tests/csrc/kernels_sanitized.cpp"
 COMPILER = shutil.which("g++") or shutil.which("c++")

@@ -197,9 +197,9 @@ def test_least_squares_in_blocks(monkeypatch, way, kind, dtype):
         Y *= torch.finfo(dtype).max
     A = torch.randn(40, 50, generator=generator, dtype=dtype)
     AYt, YYt = Y @ A.T, Y @ Y.T
-    if kind.startswith("triplets"):
-        # Without a Cholesky factor on every processor, however it rounds.
-        YYt[3, 3] *= 1 - 1e4 * torch.finfo(dtype).eps
+    # However a processor rounds: without a Cholesky factor at ridge 0, and with one at the first rung that has one.
+    lost = {"twins": 64, "triplets of large norm": 1e4}.get(kind, 0)
+    YYt[3, 3] *= 1 - lost * torch.finfo(dtype).eps
 
     def in_a_host_loop(width, ridge):
         """What the ladder of ``ridge_solve`` replaced."""
@@ -218,7 +218,8 @@ def test_least_squares_in_blocks(monkeypatch, way, kind, dtype):
 
     if way == "inverse factor":
         monkeypatch.setattr(_loop, "_FACTOR_BLOCK", 4)
-    for ridge, width in itertools.product((0.0, 1e-6), (40, 7)):
+    # The second ridge is more than float32 has lost of the twins.
+    for ridge, width in itertools.product((0.0, 1e-3), (40, 7)):
         monkeypatch.setattr(_loop, "_SOLVE_ELEMENTS", 6 * (width - 1))
         monkeypatch.setattr(_loop, "_SOLVE_SHARE", 0.0)
         got = _loop.least_squares_(
@@ -229,27 +230,32 @@ def test_least_squares_in_blocks(monkeypatch, way, kind, dtype):
             continue
         wanted, used = in_a_host_loop(width, ridge)
         assert (used > ridge) == ((kind in ("twins", "zeros") and ridge == 0) or kind.startswith("triplets"))
-        if way != "inverse factor":
+        # Of zeros the ridge is a subnormal number, of which some processors make zero.
+        if way != "inverse factor" or kind == "zeros":
             assert torch.equal(got, wanted)
             continue
         system = YYt.double() + used * torch.eye(6).double()
         off = got.double() - wanted.double()
         # In units of the residual: what rounding the inverse factor W costs is eps ‖W‖, not its square.
         rounding = torch.finfo(dtype).eps * float(torch.linalg.eigvalsh(system)[0]) ** -0.5
-        assert float((off * (system @ off)).sum().clamp(min=0)) ** 0.5 <= 20 * rounding * float(AYt.norm())
+        assert float((off * (system @ off)).sum()) ** 0.5 <= 20 * rounding * float(AYt.norm())
         if dtype == torch.float32:  # float64 itself cannot tell twins apart at its own ladder's ridges
             assert float(off.abs().max()) <= 1e-4 * max(1, float(wanted.abs().max()))
 
 
-@pytest.mark.parametrize("scale", [1, 10, 100])
+@pytest.mark.parametrize(
+    "scale", [1, 10, 30]
+)  # at 100, solves in float64 are no nearer than what is asked here
 def test_least_squares_of_features_alike_are_alike(scale):
     """Rows of Y that coincide share their part evenly, which an inverse rounded to float32 does not see to."""
     generator = torch.Generator().manual_seed(0)
     Y = scale * torch.rand(10, 2000, generator=generator)
     Y[1] = Y[0]
-    AYt = Y @ torch.randn(2000, 300, generator=generator)
-    X = _loop.least_squares_(AYt.clone(), Y @ Y.T, problem(None, 1e-6), deferred=False)
-    Gd = (Y @ Y.T).double() + 1e-6 * torch.eye(10).double()
+    AYt, YYt = Y @ torch.randn(2000, 300, generator=generator), Y @ Y.T
+    # Alike to the bit, in whatever order a processor adds up.
+    AYt[1], YYt[1], YYt[:, 1] = AYt[0], YYt[0], YYt[:, 0]
+    X = _loop.least_squares_(AYt.clone(), YYt, problem(None, 1e-6), deferred=False)
+    Gd = YYt.double() + 1e-6 * torch.eye(10).double()
     wanted = torch.linalg.solve(Gd, AYt.double())
     assert torch.allclose(X.double(), wanted, atol=1e-3 * float(wanted.abs().max()), rtol=0)
     assert torch.allclose(X[0], X[1], atol=1e-3 * float(wanted.abs().max()), rtol=0)
@@ -260,6 +266,8 @@ def test_a_start_of_equal_coefficients_ends_well():
     Z = torch.randn(300, 10, generator=generator) * (torch.rand(300, 10, generator=generator) < 0.1)
     A = Z @ (torch.rand(10, 2000, generator=generator) * (torch.rand(10, 2000, generator=generator) < 0.3))
     A += 0.1 * torch.randn(300, 2000, generator=generator)
+    # Of such numbers a sum is exact in any order, so that the features do start alike.
+    A = (64 * A).round() / 64
     start = (None, torch.ones(10, 2000))
     got = snmf_kernels.fit(A, 10, keep=0.1, solver="mu", init=start, max_iter=30)
     assert got.relative_error < 1

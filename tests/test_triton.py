@@ -183,6 +183,7 @@ def magnitudes(kind, dtype):
 @here
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["different", "equal", "zero", "nan", "nan of all bits"])
+@pytest.mark.slow_where(lambda kind, dtype: dtype == torch.float64 and kind.startswith(("zero", "nan")))
 def test_a_column_that_registers_do_not_hold(monkeypatch, kind, dtype):
     Z = magnitudes(kind, dtype).to(DEVICE)
     # Up to the last tie, in it, and all.
@@ -202,11 +203,13 @@ def test_a_column_that_registers_do_not_hold(monkeypatch, kind, dtype):
 
 @here
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.slow_where(lambda dtype: dtype == torch.float64)
 def test_column_descent_of_columns_that_registers_do_not_hold(monkeypatch, dtype):
-    Z, AYt, YYt, _, _ = column_problem(140, 20, 6, dtype, DEVICE)
-    wanted = _triton.column_descent(Z, AYt, YYt, 3)
+    k = selection.GROUP + 1
+    Z, AYt, YYt, _, _ = column_problem(140, k, 6, dtype, DEVICE)
+    wanted = _triton.column_descent(Z, AYt, YYt, 2)
     without_registers(monkeypatch)
-    got = _triton.column_descent(Z, AYt, YYt, 3)
+    got = _triton.column_descent(Z, AYt, YYt, 2)
     assert torch.equal(got.indices, wanted.indices)
     assert torch.equal(got.values, wanted.values)
 

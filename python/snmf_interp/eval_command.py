@@ -18,7 +18,14 @@ from tqdm.auto import tqdm
 from . import llm_options, terminal, trial_tables
 from .arguments import DeviceOption, RevisionOption, RunArgument, TrustOption
 from .label_eval_command import evaluate_labels
-from .llm_options import BaseUrlOption, ConcurrencyOption, LlmOption, LocalOption, ParameterOption
+from .llm_options import (
+    BaseUrlOption,
+    ConcurrencyOption,
+    LlmOption,
+    LocalOption,
+    ParameterOption,
+    TimeoutOption,
+)
 
 if TYPE_CHECKING:
     from .detecting import DetectionSummary
@@ -110,6 +117,7 @@ def evaluate(
     base_url: BaseUrlOption = None,
     local: LocalOption = None,
     concurrency: ConcurrencyOption = 8,
+    timeout: TimeoutOption = 600.0,
     parameter: ParameterOption = None,
     overwrite: OverwriteOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of tables.")] = False,
@@ -161,7 +169,9 @@ def evaluate(
             labels,
             int(concepts),
             protocol,
-            llm_options.chosen(opened.answers, judge, base_url, local, concurrency, parameter, device),
+            llm_options.chosen(
+                opened.answers, judge, base_url, local, concurrency, timeout, parameter, device
+            ),
             seed=seed,
             overwrite=overwrite,
             as_json=as_json,
@@ -171,7 +181,7 @@ def evaluate(
     chosen = opened.parse_layers(layers)
     wanted = _concepts(concepts, trial, seed)
     screen = terminal.console()
-    llm = llm_options.chosen(opened.answers, judge, base_url, local, concurrency, parameter, device)
+    llm = llm_options.chosen(opened.answers, judge, base_url, local, concurrency, timeout, parameter, device)
     scorers, qualification = _scorers(trial, llm) if wanted and not next_token else ([], None)
     detection = _detect(screen, trial, chosen, quiet=as_json)
     records = _steer(trial, chosen, scorers, wanted)
@@ -228,6 +238,7 @@ def detect(
         int, typer.Option(help="With a language model: how many of the clearest features it labels.")
     ] = 50,
     concurrency: ConcurrencyOption = 8,
+    timeout: TimeoutOption = 600.0,
     parameter: ParameterOption = None,
     overwrite: OverwriteOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
@@ -252,7 +263,7 @@ def detect(
     loaded = terminal.loader(opened, device)()
     trial = Trial.open(opened, loaded, plan, steering=False, overwrite=overwrite)
     screen = terminal.console()
-    llm = llm_options.chosen(opened.answers, model, base_url, local, concurrency, parameter, device)
+    llm = llm_options.chosen(opened.answers, model, base_url, local, concurrency, timeout, parameter, device)
     detection = _detect(screen, trial, chosen, quiet=as_json)
     written = _written(opened, loaded, chosen, llm, limit) if llm is not None else {}
     if as_json:

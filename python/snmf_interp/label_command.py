@@ -13,7 +13,14 @@ from rich.text import Text
 
 from . import llm_options, terminal
 from .arguments import DeviceOption, RunArgument
-from .llm_options import BaseUrlOption, ConcurrencyOption, LlmOption, LocalOption, ParameterOption
+from .llm_options import (
+    BaseUrlOption,
+    ConcurrencyOption,
+    LlmOption,
+    LocalOption,
+    ParameterOption,
+    TimeoutOption,
+)
 
 if TYPE_CHECKING:
     from .labels import Label
@@ -35,6 +42,7 @@ def label(
         int | None, typer.Option(help="Label only so many of the clearest features.", show_default="all")
     ] = None,
     concurrency: ConcurrencyOption = 8,
+    timeout: TimeoutOption = 600.0,
     parameter: ParameterOption = None,
     top: Annotated[int, typer.Option(help="Features to show per layer, clearest first.")] = 20,
     as_json: Annotated[
@@ -61,7 +69,7 @@ def label(
     chosen = opened.fitted if layer is None else [layer]
     if not chosen:
         raise FileNotFoundError(f"{run} has no factorised layer yet: `snmf fit {run}`")
-    llm = llm_options.chosen(opened.answers, model, base_url, local, concurrency, parameter, device)
+    llm = llm_options.chosen(opened.answers, model, base_url, local, concurrency, timeout, parameter, device)
     screen = terminal.console()
     load = terminal.loader(opened, device)
     reasons: Counter[str] = Counter()

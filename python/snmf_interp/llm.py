@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Seconds until a host that does not answer counts as one where nothing listens.
+_CONNECT = 10.0
+
 
 class _CachedModel(ABC):
     """What both kinds of model share: equal requests asked once, answers kept on disk, a bar, and the counts.
@@ -55,6 +58,7 @@ class _CachedModel(ABC):
         Raises:
             ValueError: the endpoint refuses every request (wrong key, no such model).
             ConnectionError: nothing answers at the endpoint.
+            TimeoutError: it takes longer than it is given, again and again.
         """
         wanted = {self._key(request): request for request in requests}
         answers: dict[str, Answer] = {}
@@ -113,8 +117,11 @@ class _CachedModel(ABC):
 class OpenAIModel(_CachedModel):
     """A model behind an OpenAI-compatible ``/chat/completions`` endpoint, through the ``openai`` package.
 
-    Time-outs, lost connections, 408, 409, 429 and 5xx are tried again by that package: after 0.5 s, doubling
-    to 8 s, with jitter, or after what ``Retry-After`` says if that is at most two minutes.
+    Lost connections, 408, 409, 429 and 5xx are tried again by that package: after 0.5 s, doubling to 8 s, with
+    jitter, or after what ``Retry-After`` says if that is at most two minutes. A question that was given up after
+    ``timeout`` is not: many servers go on with what nobody waits for any more, and the same question once more
+    would only make them slower. After as many time-outs in a row as requests are under way at once nothing
+    more is asked.
 
     Args:
         model: its name at the endpoint; by default ``SNMF_LLM_MODEL``.
@@ -123,7 +130,7 @@ class OpenAIModel(_CachedModel):
         cache: folder of the answers; None keeps none.
         concurrency: the most requests under way at once.
         max_retries: of one request.
-        timeout: seconds for one try.
+        timeout: seconds for one question, its retries included. Small models on busy processors need minutes.
         parameters: fields of the request beside model and messages, also those that OpenAI does not know
             (``top_k``, ``chat_template_kwargs``). They replace the defaults ``{"temperature": 0, "max_tokens": …}``
             (``max_completion_tokens`` at OpenAI's own endpoint); a field that is None is left out, as for models
@@ -144,7 +151,7 @@ class OpenAIModel(_CachedModel):
         cache: str | Path | None = None,
         concurrency: int = 8,
         max_retries: int = 6,
-        timeout: float = 120.0,
+        timeout: float = 600.0,
         parameters: Mapping[str, Any] | None = None,
         progress: bool | None = None,
     ) -> None:
@@ -161,6 +168,7 @@ class OpenAIModel(_CachedModel):
         super().__init__(name, self.base_url or "https://api.openai.com/v1", cache=cache, progress=progress)
         self.concurrency, self.max_retries, self.timeout = concurrency, max_retries, timeout
         self.parameters = dict(parameters or {})
+        self._timed_out = 0  # in a row
         own = "api.openai.com" not in self.origin
         key = api_key or os.environ.get("OPENAI_API_KEY") or ("none" if own else None)
         if key is None:
@@ -198,8 +206,10 @@ class OpenAIModel(_CachedModel):
     async def _answer_all(self, requests: Mapping[str, Request], take: Callable[..., None]) -> None:
         openai = _import_openai()
         waiting = iter(requests.items())
+        # The package would send again what has timed out, so the limit is not the package's.
+        limits = openai.Timeout(None, connect=_CONNECT)
         async with openai.AsyncOpenAI(
-            base_url=self.base_url, api_key=self._api_key, max_retries=self.max_retries, timeout=self.timeout
+            base_url=self.base_url, api_key=self._api_key, max_retries=self.max_retries, timeout=limits
         ) as client:
             workers = [
                 asyncio.create_task(self._work(client, waiting, take, len(requests)))
@@ -224,28 +234,38 @@ class OpenAIModel(_CachedModel):
         for key, request in waiting:
             fields = _known_fields(self._sent(request))
             try:
-                response: Any = await client.chat.completions.create(**fields)
+                response: Any = await asyncio.wait_for(client.chat.completions.create(**fields), self.timeout)
+            except asyncio.TimeoutError as error:
+                self._timed_out += 1
+                reason = f"time-out: no answer within {self.timeout:g} s"
+                if self._timed_out >= self.concurrency:
+                    raise TimeoutError(
+                        f"{client.base_url}: {reason}, {self._timed_out} times in a row; the server is too slow "
+                        "for what it is asked, or stuck. Give it longer by timeout (--timeout), or ask less at once "
+                        "by concurrency (--concurrency)"
+                    ) from error
+                take(key, Answer(None, reason))
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
                 raise ValueError(
                     f"{client.base_url} refuses {self.name!r}: {quoted(error)}; check model, base URL and key"
                 ) from error
             except openai.APIConnectionError as error:
-                reason = "time-out" if isinstance(error, openai.APITimeoutError) else "no connection"
                 cause = f" ({quoted(error.__cause__)})" if error.__cause__ else ""
-                # By name: the class has moved from httpx to httpx2. Nothing listens, and nothing has: rather
+                # By name: the classes have moved from httpx to httpx2. Nothing listens, and nothing has: rather
                 # say so than collect as many failures as there are requests.
-                refused = type(error.__cause__).__name__ == "ConnectError"
+                refused = type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout")
                 if refused and self.usage.sent == self.usage.failed:
                     raise ConnectionError(
-                        f"{client.base_url}: {reason}{cause} after {self.max_retries + 1} tries; "
+                        f"{client.base_url}: no connection{cause} after {self.max_retries + 1} tries; "
                         "is the server running, and the base URL right?"
                     ) from error
-                take(key, Answer(None, f"{reason}{cause}"))
+                take(key, Answer(None, f"no connection{cause}"))
             except openai.OpenAIError as error:
                 take(key, Answer(None, f"{type(error).__name__}: {quoted(error)}"))
             except ValueError as error:
                 take(key, Answer(None, f"the endpoint's answer is not JSON in UTF-8: {quoted(error)}"))
             else:
+                self._timed_out = 0
                 raw = response.model_dump(mode="json") if hasattr(response, "model_dump") else response
                 take(key, self._read(raw), raw)
 

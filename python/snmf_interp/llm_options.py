@@ -31,6 +31,7 @@ LocalOption = Annotated[
     str | None, typer.Option(help="A Hugging Face chat model to ask in this process instead.")
 ]
 ConcurrencyOption = Annotated[int, typer.Option(help="Most requests under way at once.")]
+TimeoutOption = Annotated[float, typer.Option(help="Seconds that an endpoint has for one answer.")]
 ParameterOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -45,6 +46,7 @@ def chosen(
     base_url: str | None,
     local: str | None,
     concurrency: int,
+    timeout: float,
     parameter: list[str] | None,
     device: str | None,
 ) -> OpenAIModel | LocalModel | None:
@@ -52,7 +54,7 @@ def chosen(
 
     Args:
         cache: where its answers are kept.
-        model, base_url, local, concurrency, parameter, device: as on the command line.
+        model, base_url, local, concurrency, timeout, parameter, device: as on the command line.
 
     Raises:
         ValueError: options that contradict each other.
@@ -78,7 +80,14 @@ def chosen(
             return LocalModel.load(local, device=device, cache=cache, max_tokens=length)
     if model is None and base_url is None:
         return None
-    return OpenAIModel(model, base_url=base_url, cache=cache, concurrency=concurrency, parameters=parameters)
+    return OpenAIModel(
+        model,
+        base_url=base_url,
+        cache=cache,
+        concurrency=concurrency,
+        timeout=timeout,
+        parameters=parameters,
+    )
 
 
 def qualified(llm: OpenAIModel | LocalModel) -> Qualification:

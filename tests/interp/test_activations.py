@@ -387,6 +387,7 @@ class TestResume:
                 collect(**arguments, out=tmp_path)
         assert (tmp_path / PLAN).read_bytes() == plan
 
+    @pytest.mark.slow
     def test_killed_process(self, tmp_path: Path, make_model: Maker, samples: list[Sample]) -> None:
         """The same with a real SIGKILL in the middle of the third shard."""
         model = make_model()

@@ -145,7 +145,8 @@ def test_a_failed_answer_is_missing_with_its_reason(case: str, tmp_path: Path) -
         assert set(endpoint.questions()[sent:]) == {case}
 
 
-def test_time_out() -> None:
+def test_what_timed_out_is_not_asked_again() -> None:
+    """The server would work on both: on what nobody waits for, and on the same once more."""
     release = threading.Event()
 
     def answer(body: dict[str, Any], earlier: int) -> Reply:
@@ -154,13 +155,38 @@ def test_time_out() -> None:
         return echo(body, earlier)
 
     with serve(answer) as endpoint:
-        slow, fast = model(endpoint, timeout=0.3, max_retries=1).ask(questions("slow", "fast"))
-        release.set()
-        assert slow.text is None
-        assert slow.reason is not None
-        assert slow.reason.startswith("time-out")
+        asker = model(endpoint, timeout=2)
+        slow, fast = asker.ask(questions("slow", "fast"))
+        assert slow.reason == "time-out: no answer within 2 s"
         assert fast.text == "FAST"
-        assert endpoint.questions().count("slow") == 2
+        assert endpoint.questions().count("slow") == 1
+        assert (asker.usage.sent, asker.usage.failed) == (2, 1)
+        release.set()
+
+
+def test_a_server_that_is_too_slow_is_asked_no_more() -> None:
+    """However many questions wait, few are abandoned, and the error says what to do."""
+    release = threading.Event()
+
+    def answer(body: dict[str, Any], earlier: int) -> Reply:
+        if body["messages"][-1]["content"] != "fast":
+            release.wait(20)
+        return echo(body, earlier)
+
+    with serve(answer) as endpoint:
+        asker = model(endpoint, timeout=1, concurrency=2)
+        try:
+            # Alone it is missing; in a row with the next, which an answer interrupts, it is too much.
+            (first,) = asker.ask(questions("first"))
+            assert first.text is None
+            assert asker.ask(questions("fast"))[0].text == "FAST"
+            with pytest.raises(
+                TimeoutError, match=r"no answer within 1 s, 2 times in a row; .*\(--timeout\)"
+            ):
+                asker.ask(questions(*"abcdefgh"))
+            assert len(endpoint.received) <= 2 + 3
+        finally:
+            release.set()
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])

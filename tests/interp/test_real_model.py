@@ -33,6 +33,7 @@ def model() -> LanguageModel:
     return load_model("smollm2-135m", device="cpu")
 
 
+@pytest.mark.slow
 def test_doctor(model: LanguageModel) -> None:
     checks = list(check_model(model))
     assert len(checks) == 5
@@ -46,6 +47,7 @@ def test_start_token(model: LanguageModel) -> None:
     assert model.token_text(model.tokenizer(" Monday")["input_ids"][0]) == " Monday"
 
 
+@pytest.mark.slow
 def test_features(model: LanguageModel, tmp_path: Path) -> None:
     """Layer 8 has a feature for the days of the week, found without labels among 24 concepts."""
     concepts = sorted({str(sample.label) for sample in read_texts("concepts")})

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from snmf_interp import LanguageModel, Sample, write_report
@@ -105,6 +105,7 @@ def written(run: Run, model: LanguageModel | None, **options: Any) -> Parsed:
     return Parsed(path.read_text(encoding="utf-8"))
 
 
+@settings(derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text() | st.lists(st.dictionaries(st.text(), st.text())))
 def test_island_holds_any_text(data: Any) -> None:
     text = island(data)
