@@ -24,6 +24,8 @@ _BOUNDS = {torch.float32: (2.0**-110, 2.0**118), torch.float64: (2.0**-480, 2.0*
 _GRAM_ELEMENTS = {"cpu": 1 << 22}
 # Gram matrices of at least so many rows are computed as their upper blocks only.
 _BLOCKED_GRAM, _GRAM_BLOCK = 192, 96
+# Tokens whose coefficients are weighed at a time.
+_WEIGHED_TOKENS = 1 << 12
 # Tokens that are searched for subnormal numbers.
 _SUBNORMAL_SAMPLE = 64
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -308,21 +310,28 @@ class DataMatrix:
 
     def gram_of_coefficients(self, Y: Tensor) -> Tensor:
         """``Y diag(w) Yᵀ [k, k]`` for the token weights w."""
-        if self.token_weights is not None:
-            gram = torch.zeros(len(Y), len(Y), dtype=Y.dtype, device=self.device)
-            for tokens, _ in self._raw_blocks():
-                gram.addmm_(Y[:, tokens] * self.token_weights[tokens], Y[:, tokens].T)
-            return gram
-        parts = short_parts(Y.shape[1], len(Y) * min(len(Y), _GRAM_BLOCK), self.device)
-        if len(parts) == 1 and (len(Y) < _BLOCKED_GRAM or self.device.type != "cpu"):
+        k, n = Y.shape
+        weights = self.token_weights
+        # On a CPU the upper blocks of a large one only.
+        block = _GRAM_BLOCK if k >= _BLOCKED_GRAM and self.device.type == "cpu" else k
+        parts = short_parts(n, k * block, self.device)
+        if weights is None and block == k and len(parts) == 1:
             return Y @ Y.T
-        gram = torch.empty(len(Y), len(Y), dtype=Y.dtype)
-        for start in range(0, len(Y), _GRAM_BLOCK):
-            rows = slice(start, start + _GRAM_BLOCK)
-            torch.mm(Y[rows, parts[0]], Y[start:, parts[0]].T, out=gram[rows, start:])
-            for tokens in parts[1:]:
-                gram[rows, start:].addmm_(Y[rows, tokens], Y[start:, tokens].T)
-            gram[start:, rows] = gram[rows, start:].T
+        if weights is not None and n > _WEIGHED_TOKENS:
+            # Coefficients that are weighed take a copy, which should be small beside them.
+            width = min(_WEIGHED_TOKENS, parts[0].stop)
+            parts = [slice(first, min(first + width, n)) for first in range(0, n, width)]
+        gram = torch.empty(k, k, dtype=Y.dtype, device=self.device)
+        for start in range(0, k, block):
+            rows = slice(start, start + block)
+            for tokens in parts:
+                left = Y[rows, tokens] if weights is None else Y[rows, tokens] * weights[tokens]
+                if tokens.start == 0:
+                    torch.mm(left, Y[start:, tokens].T, out=gram[rows, start:])
+                else:
+                    gram[rows, start:].addmm_(left, Y[start:, tokens].T)
+            if block < k:
+                gram[start:, rows] = gram[rows, start:].T
         return gram
 
     def coefficient_pass(

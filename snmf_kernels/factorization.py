@@ -100,9 +100,10 @@ class Factorization:
         Y: non-negative coefficients ``[k, n]``.
         relative_error: ``‖A − Z Y‖² / ‖A‖²``, computed from the residual itself, in the units of A: of all tokens
             alike, or weighted as ``token_weights`` of ``fit`` were given. Clipped weights do not count in it.
-        clipped_error: the same where a token whose norm is over five times the median counts as one of median norm: an
-            error that a few far-out tokens (attention sinks) do not decide. It is ``relative_error`` where there are
-            none; None in files of versions that did not measure it.
+        clipped_error: the same where a token whose norm is over five times a typical one (the root mean square over
+            the 90 % of smallest norm) counts as a typical one: an error that a few far-out tokens (attention sinks) do
+            not decide. It is ``relative_error`` where there are none; None in files of versions that did not measure
+            it.
         loss_history: the objective after each iteration, a tuple of floats. It is ``‖A − Z Y‖²``, of
             ``diag(1/s) A`` where a neuron scale s was asked for; taken from Gram matrices, so that its
             rounding error is about 1e-7 ``‖A‖²`` in float32. With penalties they are included. All but ``solver="mu"``

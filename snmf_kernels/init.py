@@ -24,7 +24,7 @@ _PART_ELEMENTS = {"cpu": 1 << 18}
 # A centroid of all neurons is then made of up to so many tokens.
 _ALL_NEURONS, _SOME_NEURONS, _BLOCK_NEURONS, _TOKENS_OF_CENTROID = 4096, 2048, 64, 8
 # Tokens of a part at least: products of narrower ones are slow.
-_LEAST_WIDTH = 256
+_LEAST_WIDTH = 128
 _GPU_PART_ELEMENTS = 1 << 22
 # Numbers that are drawn in one call, of about a second, in which Ctrl-C is not heard.
 _DRAWN_AT_ONCE = 1 << 28

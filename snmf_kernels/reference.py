@@ -25,7 +25,7 @@ _GPU_PASS_ELEMENTS = 1 << 23
 _BLOCK_ELEMENTS = {"cpu": 1 << 18}
 _GPU_BLOCK_ELEMENTS = 1 << 22
 # Tokens of a block of a product at least.
-_LEAST_TOKENS = 256
+_LEAST_TOKENS = 64
 # Multiply-adds of a product on a CPU that may go on without a look at Ctrl-C: half a second of a slow core.
 _PRODUCT_WORK = 1 << 34
 # Sweeps after which a GPU is asked whether every token is done: asking waits for it.

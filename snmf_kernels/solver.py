@@ -204,9 +204,10 @@ def fit(
         fixed: features ``[d, f]``, ``f < k``, that stay as they are, in the units of A: they become the first
             columns of Z, and the other ``k - f`` explain the rest.
         token_weights: the weight of each token's squared residual, ``[n]``, non-negative; 0 leaves a token out. Or
-            ``"clip"`` (default with ``neuron_scale="rms"``; not for ``"mu"``): a token whose norm is over twice the
-            median (of scaled neurons) counts as one of twice the median, and beyond five times the less the larger it
-            is, so that a few loud tokens (attention sinks) do not decide. None: all the same. An
+            ``"clip"`` (default with ``neuron_scale="rms"``; not for ``"mu"``): a token whose norm, of scaled neurons,
+            is over three times a typical one (the root mean square over the 90 % of smallest norm) counts as one of
+            three times that, and beyond five times the less the larger it is, so that a few loud tokens (attention
+            sinks) do not decide. None: all the same. An
             :class:`OutlierWarning` says so where 1 % of the tokens hold more than 30 % of the energy.
         ridge: λ of step 1 and of the least squares on supports (``"auto"`` takes it for rows of Y at unit norm).
         max_iter: bound on the iterations. Default: 200, and 1000 for ``"mu"``.

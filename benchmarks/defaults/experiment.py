@@ -25,6 +25,7 @@ from unittest import mock
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from machine import commit
 from real_activations import CASES, activations, store
 
 import snmf_kernels
@@ -51,6 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "refit=False": {"refit": False},
     "refit=True": {"refit": True},
+    "token_weights=None": {"token_weights": None},
     "neuron_scale=None": {"neuron_scale": None},
     "refit=True, neuron_scale=None": {"refit": True, "neuron_scale": None},
     "init='random'": {"init": "random"},
@@ -82,7 +84,7 @@ def measure(model: str, layer: int, seed: int, name: str) -> dict[str, Any]:
     A, text_of = activations(model, layer), store(model).samples(layer)
     labels = store(model).corpus.labels
     train = split_texts(labels, seed=seed)
-    row: dict[str, Any] = {"model": model, "layer": layer, "seed": seed, "setting": name}
+    row: dict[str, Any] = {"model": model, "layer": layer, "seed": seed, "setting": name, "commit": commit()}
     if name == "best single neurons":
         found = best_neurons(A.T, text_of, labels, train)
     else:
