@@ -17,8 +17,8 @@ from ._data import DataMatrix, precise_dtype, relative
 
 # A typical norm is the root mean square over this share of the tokens, those of smallest norm.
 _TYPICAL_SHARE = 0.9
-# A token's norm counts up to so many typical ones; beyond FAR_OUT of them, the less the larger it is. What that is worth
-# is in benchmarks/outliers; it costs no detection (benchmarks/defaults), where a limit of 2 may cost some.
+# A token's norm counts up to so many typical ones; beyond FAR_OUT of them, the less the larger it is. What that is
+# worth is in benchmarks/outliers; it costs no detection (benchmarks/defaults), where a limit of 2 may cost some.
 CLIP = 3.0
 # Scale and weights depend on each other: at most so many rounds, until no weight's root changes by more than this or
 # the clipped tokens hold less than this share of the energy.

@@ -96,7 +96,8 @@ def measure(model: str, layer: int, seed: int, name: str) -> dict[str, Any]:
         score = permuted_labels if name == "permuted labels" else evaluate_features
         found = score(factors, A.T, text_of, labels, train)
         scale = 1.0 if factors.neuron_scale is None else factors.neuron_scale[:, None]
-        energy = float((A[:, train[text_of]] / scale).double().square().sum())
+        weights = 1.0 if factors.token_weights is None else factors.token_weights
+        energy = float(((A[:, train[text_of]] / scale).double().square().sum(0) * weights).sum())
         row |= {
             "k": k,
             "loss": min(factors.loss_history) / energy,
