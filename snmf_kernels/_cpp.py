@@ -148,7 +148,7 @@ def support_solve(
 ) -> tuple[Tensor, Tensor]:
     G, B = G.contiguous(), B.contiguous()
     sizes = supports.offsets.diff()
-    if len(sizes) and int(sizes.max()) > _LARGE_SUPPORT:
+    if sizes.numpy().max(initial=0) > _LARGE_SUPPORT:
         return _support_solve_by_lapack(G, supports, sizes, B, ridge, escalations, floor)
     X, info = torch.empty_like(B), torch.empty(supports.d, dtype=torch.int32, device="cpu")
     _C.support_solve(

@@ -17,9 +17,11 @@ from torch import Tensor
 from ._scope import interruptible
 from .sparse import PassResult, SparseColumns, Supports
 
-# Elements of A that a pass handles at a time: on a GPU as many as stay in its cache between the products of a pass.
+# Elements of A that a pass handles at a time: on a GPU as many as stay in its cache between the products of a pass. But
+# of wide matrices these are few tokens, whose sweeps leave most of a GPU idle: tokens for some 1,000 programs of 32, if
+# their part of ZᵀA has no more entries than this (256 MB in float32). Not measured on a GPU yet.
 _PASS_ELEMENTS = {"cpu": 1 << 20}
-_GPU_PASS_ELEMENTS = 1 << 23
+_GPU_PASS_ELEMENTS, _GPU_PASS_TOKENS, _GPU_PASS_ENTRIES = 1 << 23, 1 << 15, 1 << 26
 # Elements of A that are converted at a time: on a CPU these temporaries should stay in cache, and small beside A; on a
 # GPU each block costs a few launches.
 _BLOCK_ELEMENTS = {"cpu": 1 << 18}
@@ -178,7 +180,7 @@ def composed_pass(
             AYt = torch.zeros_like(Z.values) if products == "kept" else Z.values.new_zeros(Z.k, Z.d)
         Z_out = None if residual_values is None else SparseColumns(Z.indices, residual_values, Z.d).to_dense()
         rounds = 2 if 0 < max_active < Y.shape[0] else 1
-        width = max(1, _PASS_ELEMENTS.get(A.device.type, _GPU_PASS_ELEMENTS) // A.shape[0])
+        width = _pass_width(A, Z.k)
         for start in range(0, A.shape[1], width):
             tokens = slice(start, start + width)
             block, y = A[:, tokens], Y[:, tokens]
@@ -227,6 +229,14 @@ def composed_pass(
         return PassResult(AYt, dot, violation, squared_norm, residual, data, most_sweeps)
 
     return coefficient_pass
+
+
+def _pass_width(A: Tensor, k: int) -> int:
+    """Tokens that a composed pass handles at a time."""
+    if A.device.type in _PASS_ELEMENTS:
+        return max(1, _PASS_ELEMENTS[A.device.type] // A.shape[0])
+    busy = min(_GPU_PASS_TOKENS, _GPU_PASS_ENTRIES // max(1, k))
+    return max(1, _GPU_PASS_ELEMENTS // A.shape[0], busy)
 
 
 def _sweeps_until_settled(

@@ -178,10 +178,12 @@ def fit(
         solver: ``"auto"`` or ``"mu"``. The latter's 1e-6 in step 4 is absolute, so entries of A should not be much
             below 0.01 (or use ``neuron_scale``).
         refit: ``"auto"`` only. ``"late"`` (default): as above, supports chosen anew after exploring (at most 6 times
-            from clusters, else 12) until the loss is 2.5 % below what exploring reached or stops falling: often once.
+            from clusters, else 12) until the loss is 2.5 % below what exploring reached or stops falling: often once;
+            refits on them go on while they gain.
             True: again and again, from the second iteration on: a smaller loss, but features that follow loud neurons.
             False: steps 1 and 2 throughout, at a loss like the paper's; its features detect concepts a little better
-            still.
+            still. Where these steps end more than 1 % above the best loss (as on data of low rank), steps that never
+            raise it go on from there.
         sweeps: over Y in an iteration. Default: ``d / k``, at least 2 and at most 10, and 1 for ``"mu"``.
         init: ``"kmeans"`` (default: spherical k-means of a sample of the tokens), ``"random"`` (the paper's, and the
             default for ``"mu"``) or ``"svd"``. Or factors to go on from: a :class:`Factorization`, or a pair

@@ -313,7 +313,7 @@ def read_of_a(planned, cache_bytes):
 @pytest.mark.parametrize("kept", ["kept", "all"])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (7500, 100), (100_000, 100), (100_000, 256), (100_003, 37)])
-def test_a_pass_reads_the_activations_once(n, k, residual, kept, gather):
+def test_tiles_that_fit_the_cache_read_the_activations_once(n, k, residual, kept, gather):
     planned = plan(n, k, gather=gather, products=kept, residual=residual)
     once = 14_336 * n * 2
     assert read_of_a(planned, 40 << 20) == once, "an A100's cache"

@@ -207,6 +207,8 @@ def _recursion(
             return there
         note = None if callback is None else functools.partial(_note_level, callback, level)
         common = {"keep": keeps[level], "seed": record["seed"], "dtype": dtype, "callback": note, **options}
+        # All tokens alike, as in the fine-tuning.
+        common["token_weights"] = None
         made = snmf_kernels.fit(data, sizes[level], **common, **own)
         store.write_level(level, made)
         return made

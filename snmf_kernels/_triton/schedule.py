@@ -1,7 +1,8 @@
 """Which launches a pass over A is made of, in their order: a plan that the launcher follows and that tests can read.
 
-A is taken in *tiles*, runs of tokens that fit the second-level cache: every launch of a tile after the first finds
-it there, so that memory gives A once per pass. Nothing here touches a device.
+A is taken in *tiles*, runs of tokens. A tile that fits the second-level cache is read from memory once: every launch
+after the first finds it there. With many neurons such a tile has too few tokens to keep a GPU busy during sweeps; it is
+made larger then, and read twice (``PassConfig.busy_programs``). Nothing here touches a device.
 """
 
 from __future__ import annotations
