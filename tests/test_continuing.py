@@ -237,11 +237,15 @@ def test_the_result_is_no_worse_than_the_best_iterate(monkeypatch, case, refit, 
 
 
 @pytest.mark.parametrize("rank", [3, 10])
-def test_without_refits_a_fit_goes_where_it_can(rank):
+def test_without_refits_a_fit_goes_where_it_can(monkeypatch, rank):
+    """On data of low rank the paper's step for Z ends far above its best loss."""
     generator = torch.Generator().manual_seed(0)
     A = torch.randn(300, rank, generator=generator) @ torch.rand(rank, 1000, generator=generator)
-    default, plain = (fit(A, 150, refit=refit).relative_error for refit in (None, False))
-    assert plain <= 1.5 * default
+    result = fit(A, 150, refit=False)
+    monkeypatch.setattr("snmf_kernels._loop.DIVERGED", torch.inf)
+    explored = fit(A, 150, refit=False)
+    assert explored.loss_history[explored.n_iter - 1] > 1.05 * min(explored.loss_history)
+    assert result.relative_error < 0.7 * explored.relative_error
 
 
 def test_resuming_keeps_numbers_of_any_kind(tmp_path, A):

@@ -129,7 +129,8 @@ def test_ctrl_c_is_heard_inside_a_kernel(name):
     times = 1
     while (whole := duration_of(call, times)) < 0.8:
         times *= 2
-    taken = interrupted_after(0.1 * whole, lambda: call(times))
+    # A kernel that does not hear takes the whole time in every try, whatever else the machine does.
+    taken = min(interrupted_after(0.1 * whole, lambda: call(times)) for _ in range(3))
     assert taken < 0.6 * whole, f"{taken:.2f} of {whole:.2f} s"
 
 
@@ -144,8 +145,12 @@ def test_ctrl_c_is_heard_during_a_factorisation():
 
     whole = duration_of(call)
     assert torch.equal(values[0], torch.linalg.eigvalsh(G))
-    assert interrupted_after(0.05 * whole, call) < 0.5 * whole
+    before = set(threading.enumerate())
+    interrupted_after(0.05 * whole, call)
+    (worker,) = set(threading.enumerate()) - before
+    assert worker.daemon, "LAPACK goes on, but nobody waits for it, nor does the end of the process"
     assert len(values) == 1
+    worker.join()
 
     def fails():
         raise ArithmeticError("inside")
