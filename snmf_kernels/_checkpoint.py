@@ -13,6 +13,7 @@ from ._files import read_bundle, write_bundle
 from ._version import __version__
 
 _FORMAT, _FORMAT_VERSION = "snmf_kernels.checkpoint", 1
+_SIGN = "sign of "
 # Options that may differ: they only say when to stop.
 _FREE = ("max_iter", "tol", "patience")
 
@@ -23,12 +24,11 @@ class Checkpoint:
     Args:
         path: the file.
         options: the options of the fit, plain JSON values.
-        energies: the squares of each neuron ``[d]``, by which the data is recognised.
-        n: number of tokens, which is another sign of the data.
+        signs: by what else the fit is recognised, up to rounding; tensors by what they are of, for the messages.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], options: dict[str, Any], energies: Tensor, n: int
+        self, path: str | os.PathLike[str], options: dict[str, Any], signs: dict[str, Tensor]
     ) -> None:
         self._path = Path(path)
         if self._path.is_dir():
@@ -36,7 +36,7 @@ class Checkpoint:
                 f"checkpoint: wanted a file name, got the folder {self._path}; add a name such as 'fit.ckpt'"
             )
         self._options = {name: value for name, value in options.items() if name not in _FREE}
-        self._energies, self._n = energies.cpu(), n
+        self._signs = {name: sign.cpu().double() for name, sign in signs.items()}
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The kept tensors and numbers; None if there is no file.
@@ -49,18 +49,19 @@ class Checkpoint:
         header, tensors = read_bundle(
             self._path, "snmf_kernels", self._check, "delete it to begin the fit anew"
         )
-        energies = tensors.pop("energies")
-        if energies.shape != self._energies.shape or header["n"] != self._n:
-            raise ValueError(
-                f"checkpoint: {self._path} is of a fit of [{len(energies)}, {header['n']}], "
-                f"A is [{len(self._energies)}, {self._n}]; give another file, or delete it to begin anew"
-            )
-        # Sums in another order have other last digits.
-        if not torch.allclose(energies, self._energies, rtol=1e-5, atol=0):
-            raise ValueError(
-                f"checkpoint: {self._path} is of a fit of other activations; give another file, or delete it to begin "
-                "anew"
-            )
+        signs = {name: tensors.pop(_SIGN + name, None) for name in self._signs}
+        for name, sign in self._signs.items():
+            there = signs[name]
+            # Sums in another order have other last digits.
+            if (
+                there is None
+                or there.shape != sign.shape
+                or not torch.allclose(there, sign, rtol=1e-4, atol=0)
+            ):
+                raise ValueError(
+                    f"checkpoint: {self._path} is of a fit of another {name}; give another file, or delete it to "
+                    "begin anew"
+                )
         return tensors, header["numbers"]
 
     def _check(self, header: dict[str, Any], _: dict[str, Tensor]) -> None:
@@ -88,10 +89,14 @@ class Checkpoint:
             "format_version": _FORMAT_VERSION,
             "snmf_kernels": __version__,
             "options": self._options,
-            "n": self._n,
             "numbers": numbers,
         }
-        write_bundle(self._path, "snmf_kernels", header, tensors | {"energies": self._energies})
+        write_bundle(
+            self._path,
+            "snmf_kernels",
+            header,
+            tensors | {_SIGN + name: sign for name, sign in self._signs.items()},
+        )
 
     def remove(self) -> None:
         """Deletes the file: the fit has ended."""

@@ -79,7 +79,8 @@ def device(name: str, value: torch.device | str) -> torch.device:
 def available_memory(device: torch.device) -> float:
     """Bytes that can still be allocated on a device; infinite where nobody knows."""
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + kept)
     try:
         with open("/proc/meminfo") as lines:
             facts = dict(line.split(":", 1) for line in lines)

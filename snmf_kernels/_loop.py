@@ -218,7 +218,7 @@ class FastIterations:
         self._selects = 0 < problem.max_active < len(Y)
         self._keeps_Y = self._selects or Y.numel() <= SMALL_Y
         # Whether losses are taken from residuals, which cost a product with A.
-        self._resolved = False
+        self._from_residuals = False
         if start.Z is not None:
             result, loss = problem.measure(
                 problem.all_features(start.Z), Y, products="all" if steps.deferred else "kept"
@@ -231,9 +231,9 @@ class FastIterations:
         """One iteration."""
         step = self._schedule.next(may_freeze=self._state.AYt is not None)
         products = "all" if self._steps.deferred else "kept" if self._schedule.may_freeze else None
-        self._steps.run(f"{step} {self._resolved}", lambda: self._iterate(step, products))
+        self._steps.run(f"{step} {self._from_residuals}", lambda: self._iterate(step, products))
         self.monitor.add(self._state.loss)
-        self._resolved = self._resolved or self.monitor.unresolved()
+        self._from_residuals = self._from_residuals or self.monitor.unresolved()
 
     def _iterate(self, step: str, products: str | None) -> None:
         problem, state = self._problem, self._state
@@ -285,7 +285,7 @@ class FastIterations:
     def _loss(
         self, result: PassResult, features: SparseColumns, ZtZ: Tensor, Y: Tensor, YYt: Tensor
     ) -> Tensor:
-        if self._resolved:
+        if self._from_residuals:
             return self._problem.loss_of_residual(features, ZtZ, Y, YYt)
         return self._problem.loss(result, ZtZ, YYt)
 
@@ -295,14 +295,14 @@ class FastIterations:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and numbers from which ``restore`` goes on to the same bits."""
-        numbers = {"resolved": self._resolved, "schedule": self._schedule.state()}
+        numbers = {"from_residuals": self._from_residuals, "schedule": self._schedule.state()}
         return self._state.tensors() | self._best.tensors(), numbers
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Goes on from a ``state``."""
         self._state.restore(tensors, self._problem.data.d)
         self._best.restore(tensors, self._problem.data.d)
-        self._resolved = numbers["resolved"]
+        self._from_residuals = numbers["from_residuals"]
         self._schedule.restore(numbers["schedule"])
 
     def _free_products(self, G: Tensor, norms: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ._checks import FitWarning, caller_level
 from ._data import DataMatrix, precise_dtype, relative
 
-# A typical norm is the root mean square over this share of the tokens, those of smallest norm.
+# A typical norm is the root mean square over this share of the tokens, those of smallest norm, zeros left out.
 _TYPICAL_SHARE = 0.9
 # A token's norm counts up to so many typical ones; beyond FAR_OUT of them, the less the larger it is. What that is
 # worth is in benchmarks/outliers; it costs no detection (benchmarks/defaults), where a limit of 2 may cost some.
@@ -81,8 +81,11 @@ def _scale(data: DataMatrix) -> Tensor:
 
 def _clipped(squares: Tensor, limit: float, counts_as: float) -> Tensor:
     """Weights ``[n]`` by which a token of a norm over ``limit`` typical ones counts as one of ``counts_as`` of them."""
-    few = max(1, int(_TYPICAL_SHARE * len(squares)))
-    typical = squares[squares <= squares.kthvalue(few).values].mean()
+    positive = squares[squares > 0]
+    if not len(positive):
+        return torch.ones_like(squares)
+    most = max(1, int(_TYPICAL_SHARE * len(positive)))
+    typical = positive[positive <= positive.kthvalue(most).values].mean()
     return torch.where(squares > limit**2 * typical, counts_as**2 * typical / squares, 1)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _backends, _checks
 from ._checkpoint import Checkpoint
 from ._checks import FitWarning
-from ._data import DataMatrix, as_matrix, as_weights, relative
+from ._data import DataMatrix, as_matrix, as_weights, precise_dtype, relative
 from ._loop import FastIterations, Iterations, PaperIterations, Start
 from ._monitor import Callback, Monitor
 from ._outliers import scale_and_clip
@@ -282,6 +282,7 @@ class Task:
         steps = Steps(data.device, recordable=data.kernels.recordable and not problem.max_active)
         if data.device.type != "cpu":
             start = Start(_with_aligned_rows(start.Y), start.Z)
+        self._start_sign = start.Y.sum(1, dtype=precise_dtype(data.device))
         self._iterations: Iterations
         if options.solver == "mu":
             self._iterations = PaperIterations(problem, start, monitor, options.sweeps, steps)
@@ -293,9 +294,14 @@ class Task:
 
     def keep_in(self, path: str | os.PathLike[str], every: int) -> None:
         """Goes on from the fit kept in this file, if it is there, and keeps this one in it from now on."""
-        energies, _ = self._problem.data.row_statistics()
-        options = dataclasses.asdict(self._options) | {"checkpoint_every": every}
-        checkpoint = Checkpoint(path, options, energies, self._problem.data.n)
+        data, fixed = self._problem.data, self._problem.fixed
+        options = dataclasses.asdict(self._options) | {"checkpoint_every": every, "d": data.d, "n": data.n}
+        signs = {"A": data.row_statistics()[0]}
+        if fixed is not None:
+            signs["fixed"] = fixed.values.square().sum(1, dtype=precise_dtype(data.device))
+        if self._options.init == "given":
+            signs["init"] = self._start_sign
+        checkpoint = Checkpoint(path, options, signs)
         kept = checkpoint.read()
         if kept is not None:
             tensors, numbers = kept

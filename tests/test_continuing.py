@@ -155,8 +155,8 @@ def test_a_checkpoint_of_another_fit_is_refused(tmp_path, A):
     for changed, text in (
         ({"keep": 0.2}, "was begun with keep = 0.1, not 0.2"),
         ({"seed": 1}, "was begun with seed = 0, not 1"),
-        ({"A": 2 * A}, "is of a fit of other activations"),
-        ({"A": A[:, :400]}, r"is of a fit of \[120, 500\], A is \[120, 400\]"),
+        ({"A": 2 * A}, "is of a fit of another A;"),
+        ({"A": A[:, :400]}, "was begun with n = 500, not 400"),
         ({"checkpoint": tmp_path}, "wanted a file name, got the folder"),
         ({"checkpoint_every": 0}, "checkpoint_every: wanted an integer >= 1"),
     ):
@@ -172,6 +172,24 @@ def test_a_checkpoint_of_another_fit_is_refused(tmp_path, A):
         ValueError, match=r"holds 'snmf_kernels\.factorization', wanted 'snmf_kernels\.checkpoint'"
     ):
         fit(A, 10, keep=0.1, checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other"),
+    [
+        ("fixed", torch.ones(120, 1).double(), torch.ones(120, 1).double().cumsum(0)),
+        ("init", (None, torch.rand(10, 500).double()), (None, torch.rand(10, 500).double())),
+        ("A", None, None),
+    ],
+)
+def test_a_checkpoint_knows_what_was_given(tmp_path, A, name, one, other):
+    options = {"keep": 0.1, "checkpoint": tmp_path / "fit.ckpt", "checkpoint_every": 1}
+    given, changed = ({}, {}) if name == "A" else ({name: one}, {name: other})
+    with pytest.raises(Killed):
+        fit(A, 10, callback=killed_at(3), **options, **given)
+    with pytest.raises(ValueError, match=f"is of a fit of another {name};"):
+        fit(A.flip(0) if name == "A" else A, 10, **options, **changed)
+    assert fit(A, 10, **options, **given).n_iter > 3
 
 
 def test_a_checkpoint_may_be_extended(tmp_path, A):

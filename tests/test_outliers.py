@@ -161,3 +161,13 @@ def test_the_scale_of_a_silent_neuron_is_the_least_one(clean):
     scale = fit(A, K, keep=0.05).neuron_scale
     assert float(scale[-1]) == pytest.approx(0.05 * float(scale[:-1].median()), rel=0.02)
     assert bool((fit(torch.zeros(20, 30), 2, keep=0.2).neuron_scale == 1).all())
+
+
+def test_tokens_without_activations_are_no_typical_ones(clean):
+    """Nor are the few others loud."""
+    A = torch.cat([torch.zeros(D, 19 * 300), clean[:, :300]], 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OutlierWarning)
+        result = fit(A, K, **options())
+    assert result.token_weights is None
+    assert result.relative_error < 0.5
