@@ -39,18 +39,20 @@ def threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
-@contextmanager
-def computing() -> Iterator[None]:
-    """Inside the block no gradients are recorded, and tensors that are made can meet autograd later.
-
-    In a forked child, torch works on one thread from here on: its own parallel regions would hang like the kernels'.
-    """
+def one_thread_after_fork() -> None:
+    """In a forked child, torch works on one thread from here on: its parallel regions would hang like the kernels'."""
     if _forked and torch.get_num_threads() > 1:
         logger.warning(
             "this process was forked, and OpenMP's threads were not: torch works on one thread here from now on; "
             "start workers with the 'spawn' or 'forkserver' method for more"
         )
         torch.set_num_threads(1)
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """Inside the block no gradients are recorded, and tensors that are made can meet autograd later."""
+    one_thread_after_fork()
     with torch.inference_mode(False), torch.no_grad():
         yield
 

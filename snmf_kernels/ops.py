@@ -8,7 +8,7 @@ underneath directly.
 import torch
 from torch import Tensor
 
-from . import _backends
+from . import _backends, _scope
 from ._checks import dtype_name
 from .sparse import PassResult, SparseColumns, Supports
 
@@ -294,6 +294,7 @@ def ridge_solve(
 
 
 def _check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    _scope.one_thread_after_fork()
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: wanted a torch tensor, got {type(tensor).__name__}")
     if tensor.ndim != 2 or tensor.dtype not in dtypes:

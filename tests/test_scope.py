@@ -31,7 +31,7 @@ def run_python(code: str) -> str:
 def test_a_forked_child_fits_on_one_thread():
     printed = run_python("""
         import logging, multiprocessing, sys, torch
-        from snmf_kernels import fit
+        from snmf_kernels import fit, ops
         logging.basicConfig(stream=sys.stdout, format="%(message)s")
         torch.set_num_threads(2)
         A = torch.rand(512, 3000, generator=torch.Generator().manual_seed(0))
@@ -40,6 +40,7 @@ def test_a_forked_child_fits_on_one_thread():
         def work(queue):
             after = fit(A, 20, max_iter=5)
             code = after.encode(A[:, :50])
+            ops.winner_take_all(A, 20)
             queue.put((torch.get_num_threads(), after.relative_error, code.relative_error))
 
         context = multiprocessing.get_context("fork")
