@@ -174,6 +174,28 @@ def test_a_checkpoint_of_another_fit_is_refused(tmp_path, A):
         fit(A, 10, keep=0.1, checkpoint=path)
 
 
+@pytest.mark.parametrize("options", [{}, {"refit": False}, {"solver": "mu"}, {"max_active": 3}], ids=str)
+def test_a_killed_fit_ends_with_the_same_bits_where_losses_are_read_late(tmp_path, monkeypatch, A, options):
+    """As on a GPU, whose iterations are under way when the loss of one before is read."""
+    monkeypatch.setattr("snmf_kernels._steps._runs_ahead", lambda device: True)
+    options = {
+        "keep": 0.1,
+        "max_iter": 20,
+        "checkpoint": tmp_path / "fit.ckpt",
+        "checkpoint_every": 2,
+        **options,
+    }
+    wanted = fit(A, 10, **options)
+    with pytest.raises(Killed):
+        fit(A, 10, callback=killed_at(5), **options)
+    seen = []
+    result = fit(A, 10, callback=lambda state: seen.append(state.n_iter), **options)
+    assert seen[0] == 5
+    assert result.loss_history == wanted.loss_history
+    assert torch.equal(result.Z, wanted.Z)
+    assert torch.equal(result.Y, wanted.Y)
+
+
 @pytest.mark.parametrize(
     ("name", "one", "other"),
     [
