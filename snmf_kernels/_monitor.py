@@ -33,7 +33,7 @@ class IterationState:
     loss: float
     relative_error: float
     best_relative_error: float
-    _factors: Factors | None = dataclasses.field(default=None, repr=False, compare=False)
+    _factors: Factors = dataclasses.field(default_factory=lambda: Factors(), repr=False, compare=False)
 
     @property
     def Z(self) -> Array:
@@ -42,21 +42,31 @@ class IterationState:
         Only while the callback runs. On a GPU, whose losses are read up to two iterations late, these are the factors
         of the latest iteration.
         """
-        return self._now()[0]()
+        return self._factors.of(0)
 
     @property
     def Y(self) -> Array:
         """The coefficients now, ``[k, n]``, that belong to ``Z``: a copy, see there."""
-        return self._now()[1]()
+        return self._factors.of(1)
 
-    def _now(self) -> Factors:
-        if self._factors is None:
+
+class Factors:
+    """What gives Z and Y, for as long as a callback may ask: a state that is kept keeps no fit alive."""
+
+    def __init__(self, *givers: Callable[[], Array]) -> None:
+        self._givers = givers
+
+    def of(self, number: int) -> Array:
+        """Z for 0, Y for 1."""
+        if not self._givers:
             raise ValueError("the factors of an iteration can be read by a callback of fit, while it runs")
-        return self._factors
+        return self._givers[number]()
+
+    def end(self) -> None:
+        """The callbacks have returned."""
+        self._givers = ()
 
 
-# What gives Z, and what gives Y.
-Factors = tuple[Callable[[], Array], Callable[[], Array]]
 Callback = Callable[[IterationState], Any]
 
 
@@ -121,7 +131,7 @@ class Monitor:
         self._lag = lag
         self._under_way: deque[_Reading] = deque()
         # What callbacks may ask for, and whether a fit that has stalled has something else to try.
-        self.factors: Factors | None = None
+        self.factors: tuple[Callable[[], Array], ...] = ()
         self.on_stall: Callable[[], bool] = lambda: False
 
     @property
@@ -195,10 +205,11 @@ class Monitor:
             loss,
             relative(loss, self._squared_norm),
             relative(self.best, self._squared_norm),
-            self.factors,
+            Factors(*self.factors),
         )
         # Every callback is told, also after one has asked to stop.
         asked = [bool(callback(state)) for callback in self._callbacks]
+        state._factors.end()
         if self.stop_reason is not None:
             return  # by an iteration before; this one was under way already
         if any(asked):
