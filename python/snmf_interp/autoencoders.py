@@ -49,7 +49,7 @@ class AutoencoderDictionary:
         scale: ``[d_mlp]``: what it sees the activations divided by; None for as they are.
         output: from activations ``[n, d_mlp]`` to what it encodes; None for the activations.
         write: ``[d_model, d_mlp]``, what the MLP writes for a small change of its neurons, up to one factor, where the
-            directions are those of its output: ``W_down``, each row times the gain of a norm behind it.
+            directions are those of its output: :meth:`LanguageModel.output_weight`.
     """
 
     sae: Any
@@ -219,7 +219,7 @@ def load_autoencoder(
             f"{layer}, got width {width} of {name!r}"
         )
     weight, bias = model.down_weight(layer).detach().cpu().float(), model.down_bias(layer)
-    norm: Any = getattr(model.block(layer), "post_feedforward_layernorm", None)
+    norm = model.output_norm(layer)
 
     def output(activations: Tensor) -> Tensor:
         written = activations @ weight.T
@@ -229,13 +229,7 @@ def load_autoencoder(
             written = norm(written.to(model.device, model.dtype)).cpu().float()
         return written
 
-    # A norm divides by a length, which changes little with one direction, and multiplies by its gain.
-    gain = (
-        None
-        if norm is None
-        else norm(torch.ones(width, device=model.device, dtype=model.dtype)).cpu().float()
-    )
-    return AutoencoderDictionary(sae, output=output, write=weight if gain is None else gain[:, None] * weight)
+    return AutoencoderDictionary(sae, output=output, write=model.output_weight(layer).detach().cpu().float())
 
 
 def _check_site(name: str, metadata: Any, model: LanguageModel, layer: int) -> None:

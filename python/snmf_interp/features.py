@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .models import LanguageModel
     from .store import ActivationStore
 
+# Of what a described feature says. 2: the logit lens has the gain of a norm behind the MLP.
+_VERSION = 2
 # Features per logit-lens product: bounds the table of [features, vocabulary].
 _LENS_CHUNK = 64
 
@@ -74,7 +76,8 @@ class Feature:
     Attributes:
         layer, index: the feature's place.
         tokens: where it is strongest, strongest first.
-        promoted, suppressed: top and bottom logit-lens tokens of ``W_down z`` with their logits.
+        promoted, suppressed: top and bottom logit-lens tokens of the direction that the feature adds to the residual
+            stream (:meth:`LanguageModel.output_weight`), with their logits.
         distinctive: the tokens whose logit stands out most among all features of the layer, with the number
             of standard deviations. Some tokens are promoted by nearly every direction; these are not. (On
             SmolLM2 layer 23, three seeds, 16, 14 and 10 of these words belong to their feature's concept, of
@@ -261,22 +264,31 @@ def token_in_context(
     )
 
 
+class OutdatedFeaturesError(ValueError):
+    """Features that another version described, which took other directions or counts for theirs."""
+
+
 def write_features(path: Path, features: Sequence[Feature]) -> None:
     """Write one JSON object a line; the file appears when it is whole."""
-    files.write_text(
-        path, "".join(json.dumps(asdict(feature), ensure_ascii=False) + "\n" for feature in features)
-    )
+    rows = ({"version": _VERSION, **asdict(feature)} for feature in features)
+    files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_features(path: Path) -> list[Feature]:
     """Read what :func:`write_features` wrote.
 
     Raises:
+        OutdatedFeaturesError: another version wrote it; its features are to be described anew.
         ValueError: the file is damaged.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        return [Feature.from_dict(json.loads(line)) for line in lines if line]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        versions = {row.pop("version", 1) for row in rows}
+        if versions - {_VERSION}:
+            raise OutdatedFeaturesError(f"{path} has features of version {min(versions)}, not {_VERSION}")
+        return [Feature.from_dict(row) for row in rows]
+    except OutdatedFeaturesError:
+        raise
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it to have it written again") from error
 
@@ -343,7 +355,7 @@ def _split_text(
 
 
 def _lens(model: LanguageModel, layer: int, Z: Tensor, wanted: Sequence[int], count: int) -> list[_Words]:
-    """Logit-lens tokens of ``W_down z`` for the wanted columns of Z."""
+    """Logit-lens tokens of the residual directions of the wanted columns of Z."""
     # Mean and spread of each token's logit over the features, for how unusual one feature's logit is.
     live = (Z != 0).any(0).nonzero().squeeze(1)
     total = squares = torch.zeros(())
@@ -374,7 +386,7 @@ def _logits(model: LanguageModel, layer: int, Z: Tensor) -> Tensor:
 
     The final norm drops the length anyway, but for its epsilon.
     """
-    weight = model.down_weight(layer)
+    weight = model.output_weight(layer)
     unit = Z / Z.norm(dim=0).clamp_min(1e-30)
     with torch.inference_mode():
         return model.logit_lens((weight @ unit.to(weight.device, weight.dtype)).T).cpu()

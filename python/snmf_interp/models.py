@@ -156,6 +156,26 @@ class LanguageModel:
         bias: Tensor | None = self.down_projection(layer).bias  # type: ignore[assignment]
         return bias
 
+    def output_norm(self, layer: int) -> nn.Module | None:
+        """The norm between the down projection and the residual stream (Gemma 2 and 3), or None."""
+        norm: nn.Module | None = getattr(self.block(layer), "post_feedforward_layernorm", None)
+        return norm
+
+    def output_weight(self, layer: int) -> Tensor:
+        """``[d_model, d_mlp]``: ``output_weight @ z`` is what a neuron vector adds to the residual stream.
+
+        That is ``W_down``, and where a norm follows it (Gemma 2 and 3) each of its rows times that norm's gain. The
+        norm also divides by the length of all that the MLP writes on a token, one factor for all directions.
+        """
+        weight, norm = self.down_weight(layer), self.output_norm(layer)
+        if norm is None:
+            return weight
+        # Of a vector of ones only the gain is left, whatever the module adds to its parameter.
+        ones = torch.ones(weight.shape[0], device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():
+            gain: Tensor = norm(ones)
+            return gain[:, None] * weight
+
     @property
     def final_norm(self) -> nn.Module:
         """The norm in front of the unembedding."""
@@ -179,10 +199,8 @@ class LanguageModel:
         """``unembed(final_norm(v))`` for residual directions ``[m, d_model]`` -> float32 logits ``[m,
         vocabulary]``.
 
-        The final norm removes a direction's length, so only its direction matters; and where a model has a
-        norm after the down projection (Gemma 2 and 3) that norm's division, too, would only change the
-        length. Its per-channel gain is left out, as in the published method. A logit soft cap is monotone and
-        left out as well.
+        The final norm removes a direction's length, so only its direction matters: that of
+        ``output_weight @ z`` for a feature. A logit soft cap is monotone and left out.
         """
         with torch.inference_mode():
             logits: Tensor = self.unembedding(self.final_norm(vectors.to(self.device, self.dtype)))

@@ -1,12 +1,12 @@
 """Where features come from: their neurons, the features of a neuron, what two features share, and their nearest kin.
 
-    feature_neurons(factors, 12, down_weight=model.down_weight(8))
+    feature_neurons(factors, 12, output_weight=model.output_weight(8))
     NeuronIndex.of({8: factors}).uses(8, 1017)
     pair_overlap(factors, 12, 40).p_value
-    nearest_by_direction({8: factors, 23: later}, {8: model.down_weight(8), 23: …}, 8, 12)
+    nearest_by_direction({8: factors, 23: later}, {8: model.output_weight(8), 23: …}, 8, 12)
 
 Neurons of one layer are the same neurons in every run of a model, so features of one layer compare by Z. Neurons of
-different layers have nothing in common: there, features compare by the residual direction ``W_down z`` that they
+different layers have nothing in common: there, features compare by the residual direction ``W z`` that they
 write, or by the tokens that they are used on.
 """
 
@@ -37,9 +37,9 @@ class NeuronPart:
         neuron: its number.
         weight: ``z_i / ‖z‖``; the squares of a feature's weights add up to 1.
         share: ``z_i² / ‖z‖²``.
-        written: the share of the residual direction ``f = W_down z`` that it writes, ``⟨z_i w_i, f⟩ / ‖f‖²`` with
-            ``w_i`` its column of W_down. Shares add up to 1; one below 0 writes against the others. None without
-            W_down.
+        written: the share of the residual direction ``f = W z`` that it writes, ``⟨z_i w_i, f⟩ / ‖f‖²`` with
+            ``w_i`` its column of W (:meth:`LanguageModel.output_weight`). Shares add up to 1; one below 0 writes
+            against the others. None without W.
     """
 
     neuron: int
@@ -185,7 +185,7 @@ class PairOverlap:
             are in more features than others, as loud ones are in unscaled fits, make it too small.
         jaccard: shared neurons as a share of those in either; 0 for two empty supports.
         cosine: of the two columns of Z.
-        direction_cosine: of the residual directions ``W_down z``; None without W_down.
+        direction_cosine: of the residual directions ``W z``; None without W.
         correlation: of the two rows of Y over the tokens of the fit.
     """
 
@@ -211,27 +211,27 @@ class Neighbour:
 
 
 def feature_neurons(
-    factors: snmf_kernels.Factorization, feature: int, *, down_weight: Tensor | None = None
+    factors: snmf_kernels.Factorization, feature: int, *, output_weight: Tensor | None = None
 ) -> FeatureNeurons:
     """A feature's neurons with their weights and shares.
 
     Args:
         factors: of a layer.
         feature: a column of Z.
-        down_weight: W_down of that layer ``[d_model, d]``, see :meth:`LanguageModel.down_weight`, for the shares of
+        output_weight: ``W [d_model, d]`` of that layer, see :meth:`LanguageModel.output_weight`, for the shares of
             the residual direction.
 
     Raises:
-        ValueError: no such feature, or a W_down of another width.
+        ValueError: no such feature, or weights of another width.
     """
     z = _column(factors, feature)
     norm = float(z.norm())
     neurons = z.nonzero().squeeze(1)
     weights = z[neurons] / norm if norm else z[neurons]
     written: Sequence[float | None] = [None] * len(neurons)
-    if down_weight is not None:
-        _check_width(down_weight, len(z))
-        parts = as_double(down_weight[:, neurons.to(down_weight.device)]) * z[neurons]
+    if output_weight is not None:
+        _check_width(output_weight, len(z))
+        parts = as_double(output_weight[:, neurons.to(output_weight.device)]) * z[neurons]
         direction = parts.sum(1)
         # A direction that the neurons cancel to nothing has no shares.
         size = float(direction.square().sum())
@@ -246,17 +246,18 @@ def feature_neurons(
 
 
 def pair_overlap(
-    factors: snmf_kernels.Factorization, first: int, second: int, *, down_weight: Tensor | None = None
+    factors: snmf_kernels.Factorization, first: int, second: int, *, output_weight: Tensor | None = None
 ) -> PairOverlap:
     """What two features of one layer have in common.
 
     Args:
         factors: of a layer.
         first, second: columns of Z.
-        down_weight: W_down of that layer ``[d_model, d]``, for the cosine of the residual directions.
+        output_weight: ``W [d_model, d]`` of that layer (:meth:`LanguageModel.output_weight`), for the cosine of the
+            residual directions.
 
     Raises:
-        ValueError: no such feature, or a W_down of another width.
+        ValueError: no such feature, or weights of another width.
     """
     one, two = _column(factors, first), _column(factors, second)
     d = len(one)
@@ -264,9 +265,9 @@ def pair_overlap(
     sizes = int((one != 0).sum()), int((two != 0).sum())
     count = int(both.sum())
     direction = None
-    if down_weight is not None:
-        _check_width(down_weight, d)
-        written = directions(torch.stack([one, two], 1), down_weight)
+    if output_weight is not None:
+        _check_width(output_weight, d)
+        written = directions(torch.stack([one, two], 1), output_weight)
         direction = float(cosines(written[:, :1], written[:, 1:]))
     Y = _factor(factors.Y)
     neurons = both.nonzero().squeeze(1)
@@ -290,9 +291,9 @@ def pair_overlap(
     )
 
 
-def directions(Z: Tensor, down_weight: Tensor) -> Tensor:
-    """The residual directions ``W_down Z [d_model, k]``, float64, of ``Z [d, k]``."""
-    return as_double(down_weight) @ as_double(Z)
+def directions(Z: Tensor, output_weight: Tensor) -> Tensor:
+    """The residual directions ``W Z [d_model, k]``, float64, of ``Z [d, k]``."""
+    return as_double(output_weight) @ as_double(Z)
 
 
 def nearest_by_neurons(
@@ -330,36 +331,35 @@ def nearest_by_neurons(
 
 def nearest_by_direction(
     factors: Mapping[int, snmf_kernels.Factorization],
-    down_weights: Mapping[int, Tensor],
+    output_weights: Mapping[int, Tensor],
     layer: int,
     feature: int,
     *,
     others: Mapping[int, snmf_kernels.Factorization] | None = None,
     count: int = 5,
 ) -> list[Neighbour]:
-    """The features of all layers whose residual direction ``W_down z`` has the largest cosine with a feature's.
+    """The features of all layers whose residual direction ``W z`` has the largest cosine with a feature's.
 
     Args:
         factors: ``{layer: factorisation}``.
-        down_weights: W_down ``[d_model, d]`` of each of these layers. A gain that a norm after the down projection
-            applies (Gemma 2 and 3) is left out.
+        output_weights: ``W [d_model, d]`` of each of these layers, see :meth:`LanguageModel.output_weight`.
         layer, feature: the feature; itself left out.
         others: factorisations to search, of another run of the same model; by default ``factors``.
         count: how many, largest first.
 
     Raises:
-        ValueError: no such layer or feature, or a W_down is missing or of another width.
+        ValueError: no such layer or feature, or weights are missing or of another width.
     """
     _check_layer(factors, layer)
     z = _column(factors[layer], feature)[:, None]
     searched = others if others is not None else factors
     for number, of_layer in {**searched, layer: factors[layer]}.items():
-        if number not in down_weights:
-            raise ValueError(f"down_weights: layer {number} is missing")
-        _check_width(down_weights[number], int(of_layer.Z.shape[0]))
-    wanted = directions(z, down_weights[layer])
+        if number not in output_weights:
+            raise ValueError(f"output_weights: layer {number} is missing")
+        _check_width(output_weights[number], int(of_layer.Z.shape[0]))
+    wanted = directions(z, output_weights[layer])
     found = {
-        number: cosines(wanted, directions(_factor(of_layer.Z), down_weights[number]))[0]
+        number: cosines(wanted, directions(_factor(of_layer.Z), output_weights[number]))[0]
         for number, of_layer in searched.items()
     }
     return _best(found, count, _itself(factors, searched, layer, feature))
@@ -463,6 +463,6 @@ def _check_layer(factors: Mapping[int, object], layer: int) -> None:
         raise ValueError(f"layer {layer} is not among the factors: {', '.join(map(str, factors)) or 'none'}")
 
 
-def _check_width(down_weight: Tensor, d: int) -> None:
-    if down_weight.ndim != 2 or down_weight.shape[1] != d:
-        raise ValueError(f"down_weight: wanted [d_model, {d}], got {list(down_weight.shape)}")
+def _check_width(output_weight: Tensor, d: int) -> None:
+    if output_weight.ndim != 2 or output_weight.shape[1] != d:
+        raise ValueError(f"output_weight: wanted [d_model, {d}], got {list(output_weight.shape)}")

@@ -45,7 +45,7 @@ def neuron(
 
     Weights are relative to the length of the feature's column of Z; the squares of all add up to 1. Explained
     is the share of what all features together give to the neuron over the texts. With --feature and
-    --direction, each neuron's share of the direction W_down z that the feature writes is there too.
+    --direction, each neuron's share of the direction that the feature adds to the residual stream is there too.
     """
     from . import show
     from .provenance import NeuronIndex, feature_neurons
@@ -59,8 +59,8 @@ def neuron(
     load = terminal.loader(opened, device)
     screen = terminal.console()
     if feature is not None:
-        weight = load().down_weight(layer) if direction else None
-        parts = feature_neurons(factors, feature, down_weight=weight)
+        weight = load().output_weight(layer) if direction else None
+        parts = feature_neurons(factors, feature, output_weight=weight)
         counts = index.counts(layer)
         if as_json:
             for part in parts.neurons[:top]:
@@ -114,8 +114,8 @@ def overlap(
     opened = Run.open(run)
     factors = opened.factors(layer)
     load = terminal.loader(opened, device)
-    weight = load().down_weight(layer) if direction else None
-    pair = pair_overlap(factors, first, second, down_weight=weight)
+    weight = load().output_weight(layer) if direction else None
+    pair = pair_overlap(factors, first, second, output_weight=weight)
     if as_json:
         typer.echo(json.dumps(asdict(pair)))
         return
@@ -137,8 +137,8 @@ def nearest(
     by: Annotated[
         str,
         typer.Option(
-            help="tokens: used on the same tokens; direction: W_down z, what it writes (loads the model); neurons: "
-            "the same weights, within the layer."
+            help="tokens: used on the same tokens; direction: what it adds to the residual stream (loads the model); "
+            "neurons: the same weights, within the layer."
         ),
     ] = "tokens",
     other: Annotated[
@@ -184,7 +184,7 @@ def nearest(
             {layer: own}, store, layer, feature, others=pool, other_store=there, count=top
         )
     else:
-        weights = {n: load().down_weight(n) for n in {layer, *numbers}}
+        weights = {n: load().output_weight(n) for n in {layer, *numbers}}
         found = nearest_by_direction({layer: own}, weights, layer, feature, others=pool, count=top)
     if as_json:
         for row in found:
@@ -193,9 +193,11 @@ def nearest(
     screen = terminal.console()
     load_other = load if other is None else terminal.loader(searched, device)
     described = {n: searched.features(n, load_other) for n in {row.layer for row in found}}
-    kind = {"tokens": "correlation over tokens", "direction": "cosine of W_down z", "neurons": "cosine of Z"}[
-        by
-    ]
+    kind = {
+        "tokens": "correlation over tokens",
+        "direction": "cosine of the directions in the residual stream",
+        "neurons": "cosine of Z",
+    }[by]
     here = opened.features(layer, load)[feature]
     place = "" if other is None else f" in {other}"
     title = Text.assemble((f"\n{layer}/{feature}  ", "bold"), show.feature_words(here))
@@ -207,7 +209,7 @@ def nearest(
 def _neuron_table(parts: FeatureNeurons, counts: Sequence[int], top: int) -> Table:
     written = any(part.written is not None for part in parts.neurons)
     table = _plain_table(
-        "neuron", "weight", "of ‖z‖²", *(["of W_down z"] if written else []), "features that use it"
+        "neuron", "weight", "of ‖z‖²", *(["of what it writes"] if written else []), "features that use it"
     )
     for part in parts.neurons[:top]:
         cells = [f"{part.neuron}", f"{part.weight:+.3f}", f"{part.share:.1%}"]
@@ -250,7 +252,7 @@ def _pair(pair: PairOverlap) -> Text:
         f"cosine of Z {pair.cosine:+.2f}, "
     )
     if pair.direction_cosine is not None:
-        text.append(f"of W_down z {pair.direction_cosine:+.2f}, ")
+        text.append(f"of what they write {pair.direction_cosine:+.2f}, ")
     return text.append(f"correlation over tokens {pair.correlation:+.2f}\n")
 
 

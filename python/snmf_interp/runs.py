@@ -20,6 +20,7 @@ Every step may be cut short: what is finished is kept, and the same step done ag
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import shutil
 import time
@@ -244,11 +245,12 @@ class Run:
             FileNotFoundError: the layer is not factorised.
             ValueError: the model's weights are not those that the run was collected from.
         """
-        from .features import describe, read_features, write_features
+        from .features import OutdatedFeaturesError, describe, read_features, write_features
 
         path = self.features_path(layer)
         if self.is_fitted(layer) and path.is_file():
-            return read_features(path)
+            with contextlib.suppress(OutdatedFeaturesError):
+                return read_features(path)
         factors = self.factors(layer)
         features = describe(factors, self.store(), self._checked(model), layer)
         write_features(path, features)

@@ -83,7 +83,7 @@ def feature_page(feature: Feature, width: int, *, marks: bool, contexts: int = 1
         Text("strongest tokens (strength, share of the token's features)", style="bold"),
         table,
         Text(),
-        Text("logit lens of W_down z", style="bold"),
+        Text("logit lens", style="bold"),
         _words_line("stands out in  ", feature.distinctive),
         _words_line("promotes       ", feature.promoted),
         _words_line("suppresses     ", feature.suppressed),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from snmf_interp import LanguageModel, gguf_models, load_model
+from snmf_interp import LanguageModel, gguf_models, load_model, steer
 
 from .conftest import FAMILIES, VOCABULARY, make_network, make_tokenizer
 
@@ -265,3 +265,46 @@ class TestConversionCache:
         folder, _ = gguf_models.converted_folder(file)
         assert (folder / "tokenizer.json").is_file()
         assert len(converted) == 2
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "llama", "gpt2"])
+def test_output_weight_is_what_neurons_add_to_the_residual_stream(make_model: Maker, family: str) -> None:
+    """Against the change of a block's output; Gemma's norm behind the MLP has a gain that turns the direction."""
+    model = make_model(family)
+    norm = model.output_norm(1)
+    assert (norm is not None) == family.startswith("gemma")
+    generator = torch.Generator().manual_seed(0)
+    if norm is not None:
+        with torch.no_grad():
+            norm.weight.copy_(3 * torch.randn(16, generator=generator))
+    ids = torch.randint(4, 20, (1, 9), generator=generator)
+    z = torch.randn(24, generator=generator)
+    seen: list[torch.Tensor] = []
+    handle = model.block(1).register_forward_hook(
+        lambda _, __, output: seen.append((output[0] if isinstance(output, tuple) else output).double())
+    )
+    written: list[torch.Tensor] = []
+    inner = model.down_projection(1).register_forward_hook(lambda _, __, output: written.append(output))
+    with torch.no_grad():
+        model.model(ids)
+        with steer(model, {1: z}, strength=1e-2):
+            model.model(ids)
+    handle.remove()
+    inner.remove()
+    change = (seen[1] - seen[0])[0]
+
+    def agreement(weight: torch.Tensor) -> float:
+        direction = (weight @ z).double()
+        return float(torch.nn.functional.cosine_similarity(change, direction[None]).mean())
+
+    wanted = model.output_weight(1).double() @ z.double()
+    if norm is None:
+        assert torch.equal(model.output_weight(1), model.down_weight(1))
+        assert agreement(model.output_weight(1)) > 0.999
+        return
+    assert agreement(model.output_weight(1)) > agreement(model.down_weight(1)) + 0.1
+    # What is left of the difference is what lies along all that the MLP writes, which a norm takes away.
+    (raw,) = written[0].double()
+    along = (raw @ (model.down_weight(1).double() @ z.double())) / raw.square().sum(1)
+    rest = wanted - along[:, None] * norm(raw.float()).double() * raw.square().mean(1, keepdim=True).sqrt()
+    assert float(torch.nn.functional.cosine_similarity(change, rest).min()) > 0.999

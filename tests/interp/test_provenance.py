@@ -50,28 +50,28 @@ class TestFeatureNeurons:
     def test_shares_of_the_direction(self) -> None:
         """Neuron 1 writes (3, 0), neuron 3 (-1, 2): f = (2, 2), of which 6/8 and 2/8."""
         weight = torch.tensor([[9.0, 1.0, 9.0, 0.25], [9.0, 0.0, 9.0, -0.5]])
-        parts = feature_neurons(factors_of([[0.0], [3.0], [0.0], [-4.0]]), 0, down_weight=weight).neurons
+        parts = feature_neurons(factors_of([[0.0], [3.0], [0.0], [-4.0]]), 0, output_weight=weight).neurons
         assert [(part.neuron, part.written) for part in parts] == [(3, 0.25), (1, 0.75)]
 
     def test_shares_add_up(self) -> None:
         factors = factors_of(sparse(60, 5, 7))
         weight = torch.randn(16, 60, generator=torch.Generator().manual_seed(1))
         for feature in range(5):
-            parts = feature_neurons(factors, feature, down_weight=weight).neurons
+            parts = feature_neurons(factors, feature, output_weight=weight).neurons
             assert {part.neuron for part in parts} == set(factors.Z[:, feature].nonzero().squeeze(1).tolist())
             assert sum(part.share for part in parts) == pytest.approx(1)
             assert sum(part.written or 0 for part in parts) == pytest.approx(1)
 
     def test_dead_feature(self) -> None:
-        found = feature_neurons(factors_of(torch.zeros(4, 1)), 0, down_weight=torch.ones(2, 4))
+        found = feature_neurons(factors_of(torch.zeros(4, 1)), 0, output_weight=torch.ones(2, 4))
         assert (found.neurons, found.norm, found.effective_neurons) == ((), 0, 0)
 
     def test_refused(self) -> None:
         factors = factors_of(sparse(6, 2, 2))
         with pytest.raises(ValueError, match="there are features 0-1, got 2"):
             feature_neurons(factors, 2)
-        with pytest.raises(ValueError, match=r"down_weight: wanted \[d_model, 6\], got \[3, 5\]"):
-            feature_neurons(factors, 0, down_weight=torch.ones(3, 5))
+        with pytest.raises(ValueError, match=r"output_weight: wanted \[d_model, 6\], got \[3, 5\]"):
+            feature_neurons(factors, 0, output_weight=torch.ones(3, 5))
 
 
 class TestNeuronIndex:
@@ -117,7 +117,7 @@ class TestPairOverlap:
         Z = torch.zeros(10, 2)
         Z[[0, 1, 2], 0] = torch.tensor([1.0, 2.0, 2.0])
         Z[[1, 2, 3, 4], 1] = torch.tensor([1.0, -1.0, 1.0, 1.0])
-        pair = pair_overlap(factors_of(Z), 0, 1, down_weight=torch.eye(10))
+        pair = pair_overlap(factors_of(Z), 0, 1, output_weight=torch.eye(10))
         assert pair.sizes == (3, 4)
         assert [row.neuron for row in pair.shared] == [1, 2]
         assert pair.shared[1].first_weight == pytest.approx(2 / 3)
@@ -173,7 +173,7 @@ class TestNearest:
             assert best.similarity == pytest.approx(1)
         only_zero = nearest_by_direction(factors, weights, 1, 2, others={0: factors[0]})
         assert {row.layer for row in only_zero} == {0}
-        with pytest.raises(ValueError, match="down_weights: layer 1 is missing"):
+        with pytest.raises(ValueError, match="output_weights: layer 1 is missing"):
             nearest_by_direction(factors, {0: weight}, 0, 0)
 
     def test_by_coefficients_on_the_tokens_that_both_keep(

@@ -10,6 +10,7 @@ import torch
 
 import snmf_kernels
 from snmf_interp import LanguageModel, Sample
+from snmf_interp.features import read_features
 from snmf_interp.runs import CONFIG, Run
 
 Maker = Callable[..., LanguageModel]
@@ -141,3 +142,19 @@ def test_layers(run: Run, layers: str | None, expected: list[int]) -> None:
 def test_layers_refused(run: Run, layers: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run.parse_layers(layers)
+
+
+def test_features_of_an_older_version_are_described_anew(run: Run, make_model: Maker) -> None:
+    """Their words are of another logit lens."""
+    fit(run, [0], 3)
+    features = run.features(0, make_model())
+    path = run.features_path(0)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    older = [
+        {name: value for name, value in row.items() if name != "version"} | {"promoted": []} for row in rows
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in older))
+    with pytest.raises(ValueError, match="has features of version 1, not 2"):
+        read_features(path)
+    assert run.features(0, make_model()) == features
+    assert read_features(path) == features

@@ -141,7 +141,7 @@ function lensSection(feature) {
     );
   return section(
     "Logit lens",
-    "words that W_down z makes likelier or less likely",
+    "words that it makes likelier or less likely through the model’s head alone",
     h(
       "div",
       { class: "lenses" },
