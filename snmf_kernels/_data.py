@@ -136,7 +136,8 @@ class DataMatrix:
         self.kernels = kernels
         self.token_weights = token_weights
         self.scale: Tensor | None = None
-        # A power of two that A is divided by where its squares are formed, and one that it is divided by throughout.
+        # A power of two near the largest value of A, if its squares leave the range of the dtype; and one that all of A
+        # is divided by.
         self.magnitude = self.unit = 1.0
         self._clipped = False
         # Whether A has so many subnormal numbers that torch's products shall see zeros in their place.
@@ -183,7 +184,7 @@ class DataMatrix:
 
     def clip_tokens(self, weights: Tensor) -> None:
         """From now on weigh the tokens' squared residuals so that loud tokens count as smaller ones."""
-        self.token_weights, self._clipped = weights, True
+        self.token_weights, self._clipped = weights.to(self.dtype), True
         self._squared_norm = self._rows = None
 
     def squared_norm(self) -> Tensor:
@@ -210,11 +211,11 @@ class DataMatrix:
                 squares, magnitudes = self._row_statistics()
             if not math.isfinite(float(squares.sum())):
                 self._refuse_non_finite()
-            self._rows = squares * self.magnitude**2, magnitudes * self.magnitude
+            self._rows = squares, magnitudes
         return self._rows
 
     def _row_statistics(self) -> tuple[Tensor, Tensor]:
-        """The same of ``A / magnitude``: terms in the working dtype, sums of blocks in float64."""
+        """The same, unchecked: sums of blocks in float64."""
         precise = precise_dtype(self.device)
         squares, magnitudes = torch.zeros(2, self.d, dtype=precise, device=self.device)
         weights = self.token_weights
@@ -225,30 +226,36 @@ class DataMatrix:
                 squares += block.square().sum(1)
                 magnitudes += block.abs().sum(1)
             else:
-                squares += block.square() @ weights[tokens]
-                magnitudes += block.abs() @ counts[tokens]
+                squares += block.square() @ weights[tokens].to(block.dtype)
+                magnitudes += block.abs() @ counts[tokens].to(block.dtype)
         return squares, magnitudes
 
     def token_squares(self) -> tuple[Tensor, Tensor]:
-        """Of each token the squared norm in the matrix this stands for, and that of ``A / magnitude``, ``[n]`` each.
+        """Of each token the squared norm in the matrix this stands for, and in A as it lies, ``[n]`` each.
 
         Token weights do not count. ``row_statistics`` must have been asked for before.
         """
-        of_rows = torch.ones(2, self.d, dtype=self.dtype, device=self.device)
+        dtype = self._squares_dtype
+        of_rows = torch.ones(2, self.d, dtype=dtype, device=self.device)
         if self._inverse_scale is not None:
-            of_rows[0] = (self._inverse_scale * self.magnitude).square()
-        squares = torch.empty(2, self.n, dtype=self.dtype, device=self.device)
+            of_rows[0] = self._inverse_scale.to(dtype).square()
+        squares = torch.empty(2, self.n, dtype=dtype, device=self.device)
         for tokens, block in self._blocks():
             squares[:, tokens] = of_rows @ block.square()
         return squares[0], squares[1]
 
+    @property
+    def _squares_dtype(self) -> torch.dtype:
+        """In which squares of A neither vanish nor overflow."""
+        return self.dtype if self.magnitude == 1 else precise_dtype(self.device)
+
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of ``A / magnitude`` in the working dtype, not to be written to."""
+        """Blocks of A in a dtype that can square them, not to be written to."""
         for tokens, block in self._raw_blocks():
             values = block.to(self.dtype)
             if self._flushes:
                 values = without_subnormals(values)
-            yield tokens, values if self.magnitude == 1 else values / self.magnitude
+            yield tokens, values.to(self._squares_dtype)
 
     def _has_subnormals(self) -> bool:
         """Whether a thousandth of a sample of A are subnormal numbers, with which a CPU's operations are slow."""

@@ -210,7 +210,6 @@ class FastIterations:
     ) -> None:
         self.monitor = monitor
         self._problem, self._sweeps, self._steps = problem, sweeps, steps
-        self._schedule = _Schedule(refit, EXPLORE_MOST[init], monitor, continues=start.Z is not None)
         Y = start.Y
         self._state = steps.state(Y=Y, YYt=problem.data.gram_of_coefficients(Y))
         self._best = _Best(Y, problem.data.kernels)
@@ -226,6 +225,7 @@ class FastIterations:
             self._best.copy(self._best.improves(loss), start.Z, Y if self._keeps_Y else None)
             self._state.update(AYt=result.AYt, Z=start.Z, loss=loss)
             monitor.start_from(float(loss))
+        self._schedule = _Schedule(refit, EXPLORE_MOST[init], monitor, continues=start.Z is not None)
 
     def advance(self) -> None:
         """One iteration."""
@@ -398,7 +398,7 @@ class _Schedule:
         continues: whether the fit begins at given features, which no step shall make worse.
     """
 
-    _KEPT = ("_refit", "_explored", "_frozen", "_target", "_special")
+    _KEPT = ("_refit", "_explored", "_frozen", "_target", "_special", "_refits_first")
 
     def __init__(self, refit: bool | str, explore_most: int, monitor: Monitor, *, continues: bool) -> None:
         self._refit, self._explore_most, self._monitor = refit, explore_most, monitor
@@ -410,7 +410,9 @@ class _Schedule:
         if continues and refit is False:
             self._special = "sweep"
         elif continues:
-            self._begin_choosing()
+            # The values of given features are solved anew before any column is chosen anew.
+            self._target = -math.inf
+        self._refits_first = continues
         monitor.on_stall = self._leave_exploring
 
     def next(self, may_freeze: bool) -> str:
@@ -427,6 +429,9 @@ class _Schedule:
         elif may_freeze and (self._frozen < FROZEN or self._monitor.best <= self._target):
             self._frozen += 1
             return "frozen"
+        if self._refits_first:
+            self._refits_first = False
+            self._begin_choosing()
         self._frozen = 0
         return "choose"
 

@@ -62,7 +62,7 @@ def scale_and_clip(data: DataMatrix, *, scale: bool, clip: bool) -> Tensor | Non
         if not scale or (taken < _NEGLIGIBLE and bool((far_out == 1).all())):
             break
     _warn(of_tokens, raw, clip)
-    return far_out if bool((far_out < 1).any()) else None
+    return far_out.to(data.dtype) if bool((far_out < 1).any()) else None
 
 
 def _scale(data: DataMatrix) -> Tensor:

@@ -92,6 +92,7 @@ def _continued(problem: Problem, pair: tuple[Any, Any], k: int) -> Start:
             raise ValueError(f"init[1]: wanted Y0 >= 0, got {int((Y0 < 0).sum())} negative entries")
         largest = Y0.amax(1)
         far = (largest > 0) & ~((largest > 1 / _FAR) & (largest < _FAR))
+        far[: problem.n_fixed] = False  # their columns are what they are
         rows = torch.where(far, largest, 1)
         Y0 = Y0 / rows[:, None]
     if Z0 is None:

@@ -188,10 +188,11 @@ def fit(
         init: ``"kmeans"`` (default: spherical k-means of a sample of the tokens), ``"random"`` (the paper's, and the
             default for ``"mu"``) or ``"svd"``. Or factors to go on from: a :class:`Factorization`, or a pair
             ``(Z0 [d, k], Y0 [k, n])``, in the units of A. ``"auto"`` continues them: its first loss is not above
-            theirs (without ``l1``), their supports stay until a step improves on them, and the result is no worse than
-            they are. Of a pair one may be None: without Y0 (or where a Factorization is of other tokens) the start is
-            the non-negative least squares solution on Z0; without Z0, Z is computed from Y0. ``"mu"`` computes Z from
-            Y0 in any case. Of a Z0 with more than ``ceil(keep·d)`` non-zeros in a column the largest are taken.
+            theirs (but for ``l1`` and ``max_active``, which the steps for Z do not see), their supports stay until a
+            step improves on them, and the result is no worse than they are. Of a pair one may be None: without Y0 (or
+            where a Factorization is of other tokens) the start is the non-negative least squares solution on Z0;
+            without Z0, Z is computed from Y0. ``"mu"`` computes Z from Y0 in any case. Of a Z0 with more than
+            ``ceil(keep·d)`` non-zeros in a column the largest are taken.
         neuron_scale: ``"rms"`` (default; not for ``"mu"``) divides each neuron by its root mean square before
             factorising, so that a few loud neurons do not decide everything; at least by a twentieth of the median
             one, and by more where a neuron fires on fewer than ten tokens (and 1 % of them), so that neurons that say
@@ -282,7 +283,7 @@ class Task:
         steps = Steps(data.device, recordable=data.kernels.recordable and not problem.max_active)
         if data.device.type != "cpu":
             start = Start(_with_aligned_rows(start.Y), start.Z)
-        self._start_sign = start.Y.sum(1, dtype=precise_dtype(data.device))
+        self._start_sign = start.Y.sum(1)
         self._iterations: Iterations
         if options.solver == "mu":
             self._iterations = PaperIterations(problem, start, monitor, options.sweeps, steps)

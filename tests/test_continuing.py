@@ -32,6 +32,7 @@ OPTIONS = {
     "l2": {"l2": 0.1},
     "max_active": {"max_active": 3},
     "fixed": {"fixed": torch.ones(120, 1).double()},
+    "fixed twice": {"fixed": torch.ones(120, 2).double()},
     "weights": {"token_weights": torch.linspace(0.1, 1, 500).double()},
 }
 
@@ -44,7 +45,8 @@ def test_given_factors_are_continued(A, case, early):
     for init in (given, (given.Z, given.Y)):
         first = fit(A, 10, init=init, max_iter=1, **options)
         longer = fit(A, 10, init=init, **options)
-        assert first.loss_history[0] <= given.loss_history[-1] * (1 + 1e-6)
+        if case != "max_active":  # which features a token uses is chosen anew by every pass
+            assert first.loss_history[0] <= given.loss_history[-1] * (1 + 1e-6)
         assert longer.loss_history[-1] <= given.loss_history[-1] * (1 + 1e-9)
     # No support was chosen anew yet.
     assert torch.equal(first.Z != 0, given.Z != 0)
@@ -56,6 +58,15 @@ def test_a_continued_fit_gets_where_a_longer_one_gets(A):
     short = fit(A, 10, max_iter=4, **options)
     assert short.loss_history[-1] > 1.001 * longer.loss_history[-1]
     assert fit(A, 10, init=short, **options).loss_history[-1] <= 1.01 * longer.loss_history[-1]
+
+
+def test_columns_are_chosen_anew_when_refits_gain_little(A):
+    """Until the loss is as far below the given one as it would be below what exploring reached."""
+    Z0 = torch.zeros(120, 10).double()
+    Z0[torch.arange(120), torch.arange(120) % 10] = 1.0  # any supports
+    result = fit(A, 10, keep=0.1, init=(Z0, None))
+    assert int(((result.Z != 0) & (Z0 != 0)).sum()) < 60
+    assert result.loss_history[-1] < 0.9 * result.loss_history[0]
 
 
 def test_features_alone_are_a_start(A):

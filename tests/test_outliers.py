@@ -171,3 +171,20 @@ def test_tokens_without_activations_are_no_typical_ones(clean):
         result = fit(A, K, **options())
     assert result.token_weights is None
     assert result.relative_error < 0.5
+
+
+@pytest.mark.parametrize("where", ["entry", "token"])
+@pytest.mark.filterwarnings("ignore::snmf_kernels.OutlierWarning")
+def test_values_far_beyond_all_others(clean, where):
+    """Whose squares leave the range of float32, while those of all others stay in it."""
+    A = clean.clone()
+    if where == "entry":
+        A[3, 5] = 1e30
+    else:
+        A[:, 5] *= 1e30
+    others = torch.arange(N) != 5
+    result = fit(A, K, **options())
+    assert float(result.token_weights[5]) < 1e-30
+    assert error_on(A, result, others) <= 1.01 * error_on(clean, fit(clean, K, **options()), others)
+    assert 0 < result.clipped_error < 1
+    assert len(result.dead_features) == 0
