@@ -16,8 +16,8 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/snmf demo
 
 # Files side by side, since most tests keep one core busy; not too many, for some load a language model.
-# Threads that wait must not spin where others have work.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+# Threads that wait must not spin where others have work. A worker that died is not replaced: it would hang once more.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
 test: $(VENV)/test.stamp
 	$(PYTEST) -m "not slow"
