@@ -315,7 +315,7 @@ def core_control(name: str, layer: int, option: dict[str, Any], seed: int) -> di
     found = assign_features(text_scores(factors.Y, acts.samples(layer), len(labels)), labels, DAYS)
     direction = set_directions(factors.Z, neuron_sets(factors.Z, found.members(), M))[CORE]
     meter = WordMeter(model_of(name), layer, HALVES[1], DAYS, controls(name, 1))
-    ((strength, kl, _, shifts),) = solve_each(meter, [direction], KL)
+    (((strength, kl, _, shifts, _),),) = solve_each(meter, [direction], (KL,))
     drawn = random_sets(direction, 99, torch.Generator().manual_seed(seed))
     random = steer_to(meter, drawn, KL, strength).shifts.mean(1).tolist()
     statistic = float(shifts.mean())

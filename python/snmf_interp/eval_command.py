@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -92,10 +93,11 @@ def evaluate(
     both_signs: Annotated[
         bool,
         typer.Option(
-            "--both-signs/--one-sign",
-            help="Write texts for both signs, or for the one that makes the concept's words likelier.",
+            "--both-signs",
+            help="Besides, let each method but DiffMeans turn its directions round where that raises the concept's "
+            "words more, as in the paper. The negative of a feature is not that feature.",
         ),
-    ] = True,
+    ] = False,
     next_token: Annotated[
         bool,
         typer.Option(
@@ -153,7 +155,6 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         seed=seed,
         candidates=candidates,
-        both_signs=both_signs,
     )
     plan = Plan(k=k, against=_names(against), sae=sae, fit=_fit(neuron_scale), seed=seed, protocol=protocol)
     _check_installed(plan)
@@ -172,6 +173,7 @@ def evaluate(
             llm_options.chosen(
                 opened.answers, judge, base_url, local, concurrency, timeout, parameter, device
             ),
+            both_signs=both_signs,
             seed=seed,
             overwrite=overwrite,
             as_json=as_json,
@@ -184,7 +186,7 @@ def evaluate(
     llm = llm_options.chosen(opened.answers, judge, base_url, local, concurrency, timeout, parameter, device)
     scorers, qualification = _scorers(trial, llm) if wanted and not next_token else ([], None)
     detection = _detect(screen, trial, chosen, quiet=as_json)
-    records = _steer(trial, chosen, scorers, wanted)
+    records = _steer(trial, chosen, scorers, wanted, both_signs)
     with terminal.waiting("reading the next token under each direction"):
         effects = trial.immediate(records)
     from . import trial_report
@@ -213,11 +215,16 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
         return
-    for scorer in scorers:
-        trial_tables.show_steering(screen, f"Steering at {{}}, scored by {scorer.name}", records, scorer.name)
-    if at_once := trial_report.summarise_immediate(records, effects):
-        title = f"Next token under the same directions, layers {', '.join(map(str, chosen))}"
-        trial_tables.show_immediate(screen, title, at_once)
+    for choice in (False, True):
+        own, own_effects = trial_report.of_signs(records, effects, choice)
+        how = ", the better of both signs" if choice else ""
+        for scorer in scorers if own else ():
+            trial_tables.show_steering(
+                screen, f"Steering at {{}}, scored by {scorer.name}{how}", own, scorer.name
+            )
+        if at_once := trial_report.summarise_immediate(own, own_effects):
+            title = f"Next token under the same directions{how}, layers {', '.join(map(str, chosen))}"
+            trial_tables.show_immediate(screen, title, at_once, protocol.screen_kl)
     screen.print(Text(f"\nAll of it: {trial.folder / 'report.json'}, {figure}", style="dim"), soft_wrap=True)
 
 
@@ -377,23 +384,27 @@ def _detect(
 
 
 def _steer(
-    trial: Trial, layers: Sequence[int], scorers: Sequence[Scorer], concepts: Sequence[str]
+    trial: Trial,
+    layers: Sequence[int],
+    scorers: Sequence[Scorer],
+    concepts: Sequence[str],
+    both_signs: bool,
 ) -> list[SteeringRecord]:
     """Concept by concept over all layers, so that what there is after a while is about whole concepts."""
     if not concepts:
         return []
     records = []
-    total = len(concepts) * len(layers) * len(trial.rivals(layers[0]))
+    choices = (False, True) if both_signs else (False,)
+    total = len(concepts) * len(layers) * len(trial.rivals(layers[0])) * len(choices)
     with tqdm(total=total, unit="try", desc="steering", disable=not sys.stderr.isatty(), leave=False) as bar:
 
         def begin(layer: int) -> Callable[[str, str], None]:
             return lambda method, concept: bar.set_postfix_str(f"layer {layer}, {method}, {concept}")
 
-        for concept in concepts:
-            for layer in layers:
-                for record in trial.steer(layer, scorers, (concept,), before=begin(layer)):
-                    records.append(record)
-                    bar.update()
+        for concept, layer, choice in product(concepts, layers, choices):
+            for record in trial.steer(layer, scorers, (concept,), both_signs=choice, before=begin(layer)):
+                records.append(record)
+                bar.update()
     return records
 
 

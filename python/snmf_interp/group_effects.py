@@ -181,14 +181,13 @@ def intervention_table(
         controls = matched_words(model, every, prompts, n_controls)
     meter = WordMeter(model, layer, prompts, every, controls, batch_size)
     directions = set_directions(Z, sets)
-    solved = solve_each(meter, list(directions.values()), kl, tolerance) if directions else []
+    solved = solve_each(meter, list(directions.values()), (kl,), tolerance) if directions else []
     generator = torch.Generator().manual_seed(seed)
     place = {word: i for i, word in enumerate(every)}
     inside = [place[word] for word in members]
     effects: dict[str, SetEffect] = {}
-    for (name, direction), (strength, achieved, reached, shifts) in zip(
-        directions.items(), solved, strict=True
-    ):
+    for (name, direction), (own_strength,) in zip(directions.items(), solved, strict=True):
+        strength, achieved, reached, shifts, _ = own_strength
         own = None if name == CORE else inside.index(place[name])
         random, p_value = None, None
         statistic = _statistic(shifts[inside], own)

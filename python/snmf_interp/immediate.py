@@ -2,10 +2,13 @@
 
     vocabulary = Vocabulary.of(model, words_of_concepts, [*protocol.choosing, *protocol.reporting])
     meter = ImmediateMeter(model, 12, vocabulary, protocol)
-    meter.measure(record, direction)         # an ImmediateEffect for each divergence of a SteeringRecord
+    meter.rises(directions, "weather")       # on the choosing prompts, to choose a direction by
+    meter.measure(record, direction)         # on the reporting prompts, an ImmediateEffect for each divergence
 
 Text of fifty tokens says whether a concept is written about; this says, without sampling and without a scorer, whether
-the direction itself writes the concept's words. Both are asked of the same direction at the same strengths.
+the direction itself writes the concept's words. A direction is chosen by the same quantity that is reported, on other
+prompts. Strengths are solved for on the prompts where the effect is read, so that all directions are compared there
+at one divergence; no word of a concept has a part in that.
 """
 
 from __future__ import annotations
@@ -17,14 +20,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .word_meter import WordMeter, matched_words, single_tokens
+from .word_meter import WordMeter, matched_words, single_tokens, solve_each
 
 if TYPE_CHECKING:
     from .models import LanguageModel
     from .steering_protocol import Protocol, SteeringRecord
 
 # Of what is measured below; effects of another are measured again.
-VERSION = "1"
+VERSION = "2"
 # Words that each word is compared with.
 CONTROLS = 10
 
@@ -34,21 +37,22 @@ class ImmediateEffect:
     """What a direction does to a concept's words at one divergence, on the reporting prompts.
 
     Attributes:
-        target: the divergence aimed at on the choosing prompts, in nats.
-        reached: whether it was, there; else all is at the largest that was found.
-        sign: the one under which ``shift`` is larger on the choosing prompts, of those that were tried.
-        kl: the divergence on the reporting prompts, in nats.
+        target: the divergence aimed at on these prompts, in nats.
+        reached: whether it was; else all is at the largest that was found.
+        sign: that of the record.
+        strength: the signed strength.
+        kl: the divergence achieved, in nats.
         shift: the change of the words' logits, less the mean change of words that were as likely without steering;
             averaged over the concept's words.
-        others: the mean over the other concepts of the same of *their* words: near 0 where the direction is specific.
-            No null for the choice of direction and sign, which only the concept's own words decide: that is the shift
-            under a random direction.
+        others: the mean over the other concepts of the same of *their* words: near 0 where the direction is specific;
+            None where there are none.
         log_probability: the change of the words' log-probability, averaged over them, in nats.
     """
 
     target: float
     reached: bool
     sign: int
+    strength: float
     kl: float
     shift: float
     others: float | None
@@ -97,6 +101,7 @@ class ImmediateMeter:
     def __init__(self, model: LanguageModel, layer: int, vocabulary: Vocabulary, protocol: Protocol) -> None:
         if not vocabulary.words:
             raise ValueError(f"vocabulary: wanted words that are single tokens of {model.name!r}, got none")
+        self._protocol = protocol
         every = list(vocabulary.controls)
         position = {word: at for at, word in enumerate(every)}
         self._columns = {
@@ -108,11 +113,26 @@ class ImmediateMeter:
             for prompts in (protocol.choosing, protocol.reporting)
         )
 
-    def measure(self, record: SteeringRecord, direction: Tensor) -> tuple[ImmediateEffect, ...]:
-        """The effect at each divergence that a record found strengths for, smallest first.
+    def has_words(self, concept: str) -> bool:
+        """Whether a concept has words that are single tokens."""
+        return concept in self._columns
+
+    def rises(self, directions: Sequence[Tensor], concept: str) -> list[float]:
+        """What directions are chosen by: :attr:`ImmediateEffect.shift` at ``screen_kl``, on the choosing prompts.
 
         Args:
-            record: of this layer; its strengths are taken.
+            directions: ``[d_mlp]`` each.
+            concept: one that :meth:`has_words`.
+        """
+        solved = solve_each(self._choosing, directions, (self._protocol.screen_kl,), tolerance=0.1)
+        own = self._columns[concept]
+        return [float(at_target.shifts[own].mean()) for (at_target,) in solved]
+
+    def measure(self, record: SteeringRecord, direction: Tensor) -> tuple[ImmediateEffect, ...]:
+        """The effect at each of the protocol's divergences, in their order.
+
+        Args:
+            record: of this layer; its concept and sign are taken.
             direction: ``[d_mlp]``, the direction that the record chose.
 
         Returns:
@@ -121,32 +141,25 @@ class ImmediateMeter:
         own = self._columns.get(record.concept)
         if own is None:
             return ()
-        # Divergences that are not reached share one strength.
-        row = {strength: at for at, strength in enumerate(dict.fromkeys(c.strength for c in record.cells))}
-        strengths, directions = torch.tensor(list(row)), direction.expand(len(row), -1)
-        chosen_by = self._choosing.measure(directions, strengths).shifts[:, own].mean(1)
-        found = self._reporting.measure(directions, strengths)
+        targets = self._protocol.targets
+        (solved,) = solve_each(self._reporting, [record.sign * direction], targets)
         # Of the concept itself nothing is left.
         strangers = [
             rest for columns in self._columns.values() if len(rest := columns[~torch.isin(columns, own)])
         ]
         effects = []
-        for target in sorted({cell.target for cell in record.cells}):
-            best = max(
-                (cell for cell in record.cells if cell.target == target),
-                key=lambda cell: float(chosen_by[row[cell.strength]]),
-            )
-            at = row[best.strength]
-            others = [float(found.shifts[at, columns].mean()) for columns in strangers]
+        for target, at_target in zip(targets, solved, strict=True):
+            others = [float(at_target.shifts[columns].mean()) for columns in strangers]
             effects.append(
                 ImmediateEffect(
                     target,
-                    best.reached,
-                    best.sign,
-                    float(found.kl[at]),
-                    float(found.shifts[at, own].mean()),
+                    at_target.reached,
+                    record.sign,
+                    record.sign * at_target.strength,
+                    at_target.kl,
+                    float(at_target.shifts[own].mean()),
                     sum(others) / len(others) if others else None,
-                    float(found.log_probability[at, own].mean()),
+                    float(at_target.log_probability[own].mean()),
                 )
             )
         return tuple(effects)

@@ -33,6 +33,7 @@ def evaluate_labels(
     protocol: Protocol,
     llm: OpenAIModel | LocalModel | None,
     *,
+    both_signs: bool,
     seed: int,
     overwrite: bool,
     as_json: bool,
@@ -48,6 +49,7 @@ def evaluate_labels(
         count: how many features of a layer.
         protocol: what is written.
         llm: the judge, who also writes the sentences for DiffMeans.
+        both_signs: whether features and random groups are tried turned round too.
         seed: of the random groups.
         overwrite: replace a test with other options.
         as_json: print the JSON instead of tables.
@@ -72,16 +74,19 @@ def evaluate_labels(
     qualification = llm_options.qualified(llm)
     trial = LabelTrial.open(run, model, protocol, seed=seed, overwrite=overwrite)
     records: list[SteeringRecord] = []
-    total = sum(len({one.text for one in own}) for own in labels.values())
+    choices = (False, True) if both_signs else (False,)
+    total = len(choices) * sum(len({one.text for one in own}) for own in labels.values())
     with tqdm(
         total=total, unit="label", desc="steering", disable=not sys.stderr.isatty(), leave=False
     ) as bar:
         for layer, own in labels.items():
             sentences = write_sentences(own, llm)
-            for record in trial.steer(layer, own, [JudgeScorer(llm)], sentences=sentences):
-                records.append(record)
-                bar.set_postfix_str(f"layer {layer}, {record.method}, {record.concept}")
-                bar.update(record.method == "snmf")
+            for choice in choices:
+                scorers = [JudgeScorer(llm)]
+                for record in trial.steer(layer, own, scorers, sentences=sentences, both_signs=choice):
+                    records.append(record)
+                    bar.set_postfix_str(f"layer {layer}, {record.method}, {record.concept}")
+                    bar.update(record.method == "snmf")
     facts: dict[str, Any] = {
         "model": model.name,
         "weights": run.config["model"]["weights"],

@@ -12,7 +12,7 @@ not done again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,6 +77,7 @@ class LabelTrial:
         scorers: Sequence[Scorer],
         *,
         sentences: Sequence[Sentences] = (),
+        both_signs: bool = False,
     ) -> Iterator[SteeringRecord]:
         """Each feature towards its label, then the rivals: ``diffmeans`` where there are sentences, and ``random``.
 
@@ -88,6 +89,7 @@ class LabelTrial:
             labels: of its features; those with a text are tried, of equal ones the first.
             scorers: who knows every label: judges.
             sentences: of :func:`snmf_interp.write_sentences`.
+            both_signs: whether features and random groups may also be turned round, as in the paper.
         """
         factors = self.run.factors(layer)
         tried: dict[str, Label] = {}
@@ -103,7 +105,7 @@ class LabelTrial:
             if means is not None and label.index in row_of:
                 rivals.insert(1, (means, row_of[label.index]))
             for rival, row in rivals:
-                yield self._attempt(layer, rival, row, label.index, text, scorers)
+                yield self._attempt(layer, rival, row, label.index, text, scorers, both_signs)
 
     def _attempt(
         self,
@@ -113,16 +115,21 @@ class LabelTrial:
         feature: int,
         label: str,
         scorers: Sequence[Scorer],
+        both_signs: bool,
     ) -> SteeringRecord:
         digest = direction_digest(rival.direction(row))
+        folder = self.folder / f"layer_{layer}"
+        if both_signs and rival.concepts is None:
+            folder = folder / "both-signs"
 
         def make() -> SteeringRecord:
             return steer_concept(
-                self.model, layer, rival, [(row, None)], label, scorers, self.protocol, self.plain
-            )
+                self.model, layer, rival, [(row, None)], label, scorers, self.protocol, self.plain,
+                both_signs=both_signs,
+            )  # fmt: skip
 
-        return kept_attempt(
-            self.folder / f"layer_{layer}" / rival.name / f"{feature}.json",
+        record = kept_attempt(
+            folder / rival.name / f"{feature}.json",
             lambda record: (
                 record.concept == label
                 and record.made_by.get("direction") == digest
@@ -130,6 +137,7 @@ class LabelTrial:
             ),
             make,
         )
+        return replace(record, both_signs=both_signs)
 
 
 def sentence_means(model: LanguageModel, layer: int, sentences: Sequence[Sentences]) -> ProjectionDictionary:

@@ -16,6 +16,7 @@ in ``DIR/eval`` and is not done again:
     layer_6/matches.json             each method's best detectors of each concept, and how it detects
     layer_6/steering/METHOD/CONCEPT.json
     layer_6/immediate/METHOD/CONCEPT.json
+    layer_6/steering-both-signs/METHOD/CONCEPT.json        likewise immediate-both-signs
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cache, cached_property
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -108,6 +109,7 @@ class Trial:
     def __init__(self, run: Run, model: LanguageModel, plan: Plan, folder: Path) -> None:
         self.run, self.model, self.plan, self.folder = run, model, plan, folder
         self._rivals: dict[int, list[Dictionary]] = {}
+        self._meters: dict[int, ImmediateMeter] = {}
 
     @classmethod
     def open(
@@ -245,6 +247,7 @@ class Trial:
         scorers: Sequence[Scorer],
         concepts: Sequence[str],
         *,
+        both_signs: bool = False,
         before: Callable[[str, str], None] | None = None,
     ) -> Iterator[SteeringRecord]:
         """Each method's attempt to steer to each concept, concept by concept; see :func:`steer_concept`.
@@ -255,6 +258,7 @@ class Trial:
             layer: a collected layer.
             scorers: who scores the texts, or none.
             concepts: labels that the scorers know.
+            both_signs: whether each method but DiffMeans may also take the negative of its directions.
             before: called with method and concept of each attempt that has not been made before.
 
         Raises:
@@ -275,10 +279,12 @@ class Trial:
                     if before:
                         before(rival.name, concept)
                     candidates = [(index, area) for index, area in matches[rival.name][concept]]
-                    words = self.words.get(concept, ())
+                    protocol, meter = self.plan.protocol, self._meter(layer)
                     if not scorers:
-                        protocol = self.plan.protocol
-                        return aim(self.model, layer, rival, candidates, concept, protocol, words=words)
+                        return aim(
+                            self.model, layer, rival, candidates, concept, protocol,
+                            meter=meter, both_signs=both_signs,
+                        )  # fmt: skip
                     return steer_concept(
                         self.model,
                         layer,
@@ -286,9 +292,10 @@ class Trial:
                         candidates,
                         concept,
                         scorers,
-                        self.plan.protocol,
+                        protocol,
                         self.plain,
-                        words=words,
+                        meter=meter,
+                        both_signs=both_signs,
                         permuted=tuple(self.words),
                     )
 
@@ -297,13 +304,16 @@ class Trial:
                     digest = direction_digest(rival.direction(record.chosen))
                     return record.made_by.get("direction") == digest and record.is_by(scorers)
 
-                done = self.folder / f"layer_{layer}" / "steering" / rival.name / f"{concept}.json"
-                yield kept_attempt(done, is_done, make)
+                # A direction that was made for the concept has one sign in either case.
+                choice = both_signs and rival.concepts is None
+                folder = self._of_signs(layer, "steering", choice) / rival.name
+                record = kept_attempt(folder / f"{concept}.json", is_done, make)
+                yield replace(record, both_signs=both_signs)
 
     def immediate(self, records: Sequence[SteeringRecord]) -> list[tuple[ImmediateEffect, ...]]:
         """What the directions of steering records do to the next token, without sampling; see :class:`ImmediateMeter`.
 
-        The words of the concepts that the records steer to are watched under all of them.
+        The words of all concepts of the texts that have some are watched under all of them.
 
         Args:
             records: from :meth:`steer`, of any layers.
@@ -312,39 +322,45 @@ class Trial:
             The effects of each record in its place; none where no word of its concept is a single token.
         """
         protocol = self.plan.protocol
-        watched = {name: self.words.get(name, ()) for name in sorted({record.concept for record in records})}
-        prompts = [*protocol.choosing, *protocol.reporting]
-        digest = hashlib.sha256(repr((watched, prompts)).encode()).hexdigest()[:16]
-
-        @cache
-        def vocabulary() -> Vocabulary:
-            return Vocabulary.of(self.model, watched, prompts)
-
-        @cache
-        def meter(layer: int) -> ImmediateMeter:
-            return ImmediateMeter(self.model, layer, vocabulary(), protocol)
-
+        prompts = [protocol.choosing, protocol.reporting]
+        digest = hashlib.sha256(repr((sorted(self.words.items()), prompts)).encode()).hexdigest()[:16]
         found = []
         for record in records:
-            folder = self.folder / f"layer_{record.layer}"
-            done = folder / "immediate" / record.method / f"{record.concept}.json"
+            rival = next(one for one in self.rivals(record.layer) if one.name == record.method)
+            choice = record.both_signs and rival.concepts is None
+            done = (
+                self._of_signs(record.layer, "immediate", choice) / record.method / f"{record.concept}.json"
+            )
             made_by = {
                 "version": IMMEDIATE_VERSION,
                 "words": digest,
                 "direction": record.made_by["direction"],
-                "strengths": [cell.strength for cell in record.cells],
+                "sign": record.sign,
+                "targets": list(protocol.targets),
             }
             there = files.read_json(done) if done.is_file() else {}
             if there.get("made_by") != made_by:
-                effects: tuple[ImmediateEffect, ...] = ()
-                if record.concept in vocabulary().words:
-                    rival = next(one for one in self.rivals(record.layer) if one.name == record.method)
-                    effects = meter(record.layer).measure(record, rival.direction(record.chosen))
+                meter = self._meter(record.layer)
+                effects = () if meter is None else meter.measure(record, rival.direction(record.chosen))
                 there = {"made_by": made_by, "effects": [asdict(effect) for effect in effects]}
                 done.parent.mkdir(parents=True, exist_ok=True)
                 files.write_json(done, there)
             found.append(tuple(ImmediateEffect(**effect) for effect in there["effects"]))
         return found
+
+    def _of_signs(self, layer: int, kind: str, both_signs: bool) -> Path:
+        return self.folder / f"layer_{layer}" / (f"{kind}-both-signs" if both_signs else kind)
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        protocol = self.plan.protocol
+        return Vocabulary.of(self.model, self.words, [*protocol.choosing, *protocol.reporting])
+
+    def _meter(self, layer: int) -> ImmediateMeter | None:
+        """None where no concept has a word that is a single token."""
+        if layer not in self._meters and self._vocabulary.words:
+            self._meters[layer] = ImmediateMeter(self.model, layer, self._vocabulary, self.plan.protocol)
+        return self._meters.get(layer)
 
     @cached_property
     def plain(self) -> Unsteered:

@@ -1,13 +1,15 @@
-"""The paper's steering test for any direction: seven divergences, both signs, sampled text, and a score.
+"""The paper's steering test for any direction: seven divergences, sampled text, and a score.
 
     protocol = Protocol()
     plain = unsteered(model, protocol)
     record = steer_concept(model, 12, rival, [(7, 0.93), (41, 0.88)], "weather", [scorer], protocol, plain)
     record.results["words"].gain             # score above that of unsteered text, on prompts not used for choosing
 
-What is chosen (the direction among a method's best detectors, the sign, the divergence) is chosen on half of the
-prompts and reported on the other half. Source: Shafran, Geiger & Geva (arXiv:2506.10920), who report the best
-strength on the prompt that it was found on.
+A direction is added as it is: a feature is y ≥ 0 times a column z of Z, and −z is not that feature. The paper takes
+the better of both signs, which ``both_signs`` does too; chance then has the same choice. What is chosen (the direction
+among a method's best detectors, the divergence, the sign where there is a choice) is chosen on half of the prompts and
+reported on the other half. Source: Shafran, Geiger & Geva (arXiv:2506.10920), who report the best strength on the
+prompt that it was found on.
 """
 
 from __future__ import annotations
@@ -23,16 +25,16 @@ from torch import Tensor
 from .generation import Continuation, generate
 from .runs import versions
 from .steering import Intervention, steer
-from .strengths import KL_TARGETS, PROMPTS, Meter, next_token, solve_strengths
+from .strengths import KL_TARGETS, PROMPTS, Meter, solve_strengths
 from .text_scoring import Scorer, TextScore, mean_score
-from .word_meter import single_tokens, word_token
 
 if TYPE_CHECKING:
     from .dictionaries import Dictionary
+    from .immediate import ImmediateMeter
     from .models import LanguageModel
 
 # Of what is done below; records of another are made again.
-VERSION = "1"
+VERSION = "2"
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,12 @@ class Protocol:
         targets: divergences in nats.
         choosing, reporting: prompts on which strengths are found and everything is chosen, and other prompts on
             which the result is reported.
-        samples: continuations of each choosing prompt at each divergence and sign; with four prompts two make
-            the paper's eight texts.
+        samples: continuations of each choosing prompt at each divergence (and sign, where both are tried); with four
+            prompts two make the paper's eight texts.
         report_samples: continuations of each reporting prompt at what was chosen.
         max_new_tokens, temperature, top_p, seed: see :func:`snmf_interp.generate`.
-        both_signs: whether texts are written for both signs, as in the paper; else for the one that makes the
-            concept's words likelier at ``screen_kl``.
         candidates: how many of a method's best detectors are tried.
-        screen_kl: the divergence at which they are compared by how likely they make the concept's words.
+        screen_kl: the divergence at which they are compared by how far they raise the concept's words.
         batch_size: texts generated together.
     """
 
@@ -63,7 +63,6 @@ class Protocol:
     temperature: float = 1.0
     top_p: float = 0.9
     seed: int = 0
-    both_signs: bool = True
     candidates: int = 3
     screen_kl: float = 0.25
     batch_size: int = 128
@@ -145,16 +144,16 @@ class Candidate:
     Attributes:
         index: in its dictionary.
         train_auroc: as a detector of the concept on training texts; None where there are none.
-        effect: by how much the log-probability of the concept's words (those that are one token) rises at
-            ``screen_kl``, the better of the two signs, averaged over the choosing prompts; None where there was
-            nothing to choose.
-        sign: the better one; None likewise.
+        effect: by how far it raises the concept's words above words that were as likely, at ``screen_kl`` on the
+            choosing prompts (:attr:`snmf_interp.ImmediateEffect.shift`); where both signs are tried, the larger of
+            the two. None where there was nothing to choose.
+        sign: +1, or the sign of ``effect`` where both are tried.
     """
 
     index: int
     train_auroc: float | None
     effect: float | None = None
-    sign: int | None = None
+    sign: int = 1
 
 
 @dataclass(frozen=True)
@@ -190,8 +189,8 @@ class Outcome:
         score, concept, fluency: means over the texts that could be scored, None if none could.
         baseline: the mean score of the unsteered texts, for the same concept.
         permuted: how specific the steering is: the mean over the other concepts of how far the same texts are above
-            unsteered ones as texts on *those*; None where it was not asked for. No null for the choice of direction,
-            sign and divergence, which only the concept's own words decide: that is a random direction's ``gain``.
+            unsteered ones as texts on *those*; None where it was not asked for. Chance is not this but a random
+            group's ``gain``, since the choices are made by the concept's own words.
         missing: the share of texts without a score.
         texts: the continuations without their prompts.
         unanswered: how many of the texts a second question may give a score.
@@ -224,7 +223,9 @@ class SteeringRecord:
         layer, method, concept: what was tried.
         candidates: the directions considered, and
         chosen: the index of the one taken.
-        cells: each divergence and sign on the choosing prompts.
+        sign: with which sign it raises the concept's words; +1 unless both were tried.
+        both_signs: whether both were, for a method that has a choice; DiffMeans has one sign.
+        cells: each divergence (and sign, where both are tried) on the choosing prompts.
         results: by scorer; a scorer that could score nothing has none.
         made_by: the protocol's version, a digest of the direction, the identity of each scorer, and the versions of
             packages.
@@ -235,6 +236,8 @@ class SteeringRecord:
     concept: str
     candidates: tuple[Candidate, ...]
     chosen: int
+    sign: int
+    both_signs: bool
     cells: tuple[Cell, ...]
     results: dict[str, Outcome] = field(default_factory=dict)
     made_by: dict[str, str] = field(default_factory=dict)
@@ -272,12 +275,13 @@ def aim(
     concept: str,
     protocol: Protocol,
     *,
-    words: Sequence[str] = (),
+    meter: ImmediateMeter | None = None,
+    both_signs: bool = False,
 ) -> SteeringRecord:
     """The first two steps of :func:`steer_concept`: a direction and its strengths, without any text.
 
     Args:
-        model, layer, dictionary, candidates, concept, protocol, words: see there.
+        model, layer, dictionary, candidates, concept, protocol, meter, both_signs: see there.
 
     Returns:
         A record whose cells have neither texts nor scores, and without results.
@@ -287,27 +291,32 @@ def aim(
     """
     if not candidates:
         raise ValueError(f"candidates: wanted at least one for {concept!r}, got none")
-    considered = _screen(model, layer, dictionary, candidates[: protocol.candidates], words, protocol)
+    # A direction that was made for the concept has the sign that it was made with.
+    signs = (1, -1) if both_signs and dictionary.concepts is None else (1,)
+    considered = _screen(dictionary, candidates[: protocol.candidates], concept, signs, meter)
     chosen = max(considered, key=lambda one: float("-inf") if one.effect is None else one.effect)
-    found = solve_strengths(
+    direction = dictionary.direction(chosen.index)
+    solved = solve_strengths(
         model,
         layer,
-        dictionary.direction(chosen.index),
+        direction,
         protocol.targets,
         protocol.choosing,
-        signs=(1, -1) if protocol.both_signs or chosen.sign is None else (chosen.sign,),
+        signs=signs,
         batch_size=protocol.batch_size,
     )
-    cells = tuple(Cell(one.target, one.sign, one.strength, one.kl, one.reached, {}) for one in found)
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     return SteeringRecord(
-        layer, dictionary.name, concept, tuple(considered), chosen.index, cells,
-        made_by={
-            "protocol": VERSION,
-            "packages": packages,
-            "direction": direction_digest(dictionary.direction(chosen.index)),
-        },
-    )  # fmt: skip
+        layer,
+        dictionary.name,
+        concept,
+        tuple(considered),
+        chosen.index,
+        chosen.sign,
+        both_signs,
+        tuple(Cell(one.target, one.sign, one.strength, one.kl, one.reached, {}) for one in solved),
+        made_by={"protocol": VERSION, "packages": packages, "direction": direction_digest(direction)},
+    )
 
 
 def steer_concept(
@@ -320,13 +329,15 @@ def steer_concept(
     protocol: Protocol,
     plain: Unsteered,
     *,
-    words: Sequence[str] = (),
+    meter: ImmediateMeter | None = None,
+    both_signs: bool = False,
     permuted: Sequence[str] = (),
 ) -> SteeringRecord:
     """Try to make the model write about a concept with a method's directions, at the input of a down projection.
 
-    1. Of ``candidates`` the one that makes the concept's words likeliest at ``screen_kl``, either sign.
-    2. Strengths for each divergence and sign (:func:`snmf_interp.solve_strengths`) on the choosing prompts.
+    1. Of ``candidates`` the one that raises the concept's words most at ``screen_kl``, above words that were as
+       likely, on the choosing prompts.
+    2. Strengths for each divergence (:func:`snmf_interp.solve_strengths`) on the choosing prompts.
     3. Texts at each; for each scorer the cell of highest mean score, the smaller divergence among equals.
     4. Texts on the reporting prompts at what was chosen, scored.
 
@@ -339,7 +350,10 @@ def steer_concept(
         scorers: each chooses for itself.
         protocol: the options.
         plain: :func:`unsteered` of the same model and protocol.
-        words: the concept's words, for step 1; without any the first candidate is taken.
+        meter: of this layer, for step 1; without one, or where no word of the concept is a single token, the first
+            candidate is taken.
+        both_signs: whether −direction is tried beside +direction in all steps, unless the dictionary's directions are
+            made for concepts, which gives them a sign.
         permuted: other concepts that every scorer but a judge scores the reported texts for.
 
     Raises:
@@ -347,7 +361,7 @@ def steer_concept(
     """
     if not scorers:
         raise ValueError("scorers: wanted at least one, got none")
-    aimed = aim(model, layer, dictionary, candidates, concept, protocol, words=words)
+    aimed = aim(model, layer, dictionary, candidates, concept, protocol, meter=meter, both_signs=both_signs)
     direction = dictionary.direction(aimed.chosen)
     # Targets that are not reached share one strength.
     distinct = list(dict.fromkeys(cell.strength for cell in aimed.cells))
@@ -384,8 +398,8 @@ def steer_concept(
             strict=True,
         )
     )
-    meter = Meter(model, layer, protocol.reporting, "last", protocol.batch_size)
-    kl = dict(zip(wanted, meter.divergences(direction, None, wanted), strict=True))
+    reporting = Meter(model, layer, protocol.reporting, "last", protocol.batch_size)
+    kl = dict(zip(wanted, reporting.divergences(direction, None, wanted), strict=True))
     results = {
         scorer.name: _outcome(
             scorer,
@@ -404,36 +418,20 @@ def steer_concept(
 
 
 def _screen(
-    model: LanguageModel,
-    layer: int,
     dictionary: Dictionary,
     candidates: Sequence[tuple[int, float | None]],
-    words: Sequence[str],
-    protocol: Protocol,
+    concept: str,
+    signs: Sequence[int],
+    meter: ImmediateMeter | None,
 ) -> list[Candidate]:
-    """How far each candidate raises the probability of the concept's words."""
-    tokens = torch.tensor(
-        sorted(word_token(model, form) for form in single_tokens(model, words)), dtype=torch.int64
-    )
-    if not len(tokens) or (len(candidates) == 1 and protocol.both_signs):
+    """How far each candidate raises the concept's words on the choosing prompts, at its better sign."""
+    if meter is None or not meter.has_words(concept) or len(candidates) * len(signs) == 1:
         return [Candidate(index, area) for index, area in candidates]
-    before = next_token(model, protocol.choosing)[:, tokens].logsumexp(1)
+    tried = [(index, sign) for index, _ in candidates for sign in signs]
+    rises = meter.rises([sign * dictionary.direction(index) for index, sign in tried], concept)
     considered = []
     for index, area in candidates:
-        direction = dictionary.direction(index)
-        effects = []
-        for one in solve_strengths(
-            model,
-            layer,
-            direction,
-            (protocol.screen_kl,),
-            protocol.choosing,
-            tolerance=0.1,
-            batch_size=protocol.batch_size,
-        ):
-            with steer(model, {layer: direction}, strength=one.strength):
-                after = next_token(model, protocol.choosing)[:, tokens].logsumexp(1)
-            effects.append((float((after - before).mean()), one.sign))
+        effects = [(rise, sign) for (other, sign), rise in zip(tried, rises, strict=True) if other == index]
         considered.append(Candidate(index, area, *max(effects)))
     return considered
 
@@ -507,6 +505,8 @@ def record_from_json(content: Mapping[str, Any]) -> SteeringRecord:
         content["concept"],
         tuple(Candidate(**one) for one in content["candidates"]),
         content["chosen"],
+        content["sign"],
+        content["both_signs"],
         tuple(Cell(**one | {"texts": tuple(one["texts"])}) for one in content["cells"]),
         {name: Outcome(**one | {"texts": tuple(one["texts"])}) for name, one in content["results"].items()},
         dict(content.get("made_by", {})),

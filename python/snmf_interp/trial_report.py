@@ -81,8 +81,8 @@ def summarise_steering(
     """A row for each method, in the order in which they come, with bootstrap intervals over concepts.
 
     Args:
-        records: of one layer or several. Pairs of layer and concept that some method lacks, or that could not be
-            scored, are left out, so that all rows are about the same.
+        records: of one layer or several, all with + or all with the choice of signs. Pairs of layer and concept that
+            some method lacks, or that could not be scored, are left out, so that all rows are about the same.
         scorer: whose scores.
         confidence: of the intervals.
     """
@@ -123,7 +123,7 @@ def summarise_immediate(
     """A row for each method and divergence, with bootstrap intervals over concepts.
 
     Args:
-        records: of one layer or several.
+        records: of one layer or several, all with + or all with the choice of signs.
         effects: of each record in its place, see :meth:`snmf_interp.Trial.immediate`. Pairs of layer and concept
             that some method lacks are left out.
         confidence: of the intervals.
@@ -216,7 +216,22 @@ def of_layer(
     records: Sequence[SteeringRecord], effects: Sequence[Sequence[ImmediateEffect]], layer: int
 ) -> tuple[list[SteeringRecord], list[Sequence[ImmediateEffect]]]:
     """One layer's records and their effects."""
-    chosen = [i for i, record in enumerate(records) if record.layer == layer]
+    return _those(records, effects, lambda record: record.layer == layer)
+
+
+def of_signs(
+    records: Sequence[SteeringRecord], effects: Sequence[Sequence[ImmediateEffect]], both_signs: bool
+) -> tuple[list[SteeringRecord], list[Sequence[ImmediateEffect]]]:
+    """The records that steered by + alone, or those that had both signs to choose from, and their effects."""
+    return _those(records, effects, lambda record: record.both_signs == both_signs)
+
+
+def _those(
+    records: Sequence[SteeringRecord],
+    effects: Sequence[Sequence[ImmediateEffect]],
+    choose: Callable[[SteeringRecord], bool],
+) -> tuple[list[SteeringRecord], list[Sequence[ImmediateEffect]]]:
+    chosen = [i for i, record in enumerate(records) if choose(record)]
     return [records[i] for i in chosen], [effects[i] for i in chosen]
 
 
@@ -235,14 +250,20 @@ def as_json(
         effects: of each record in its place, on the next token.
         scorers: the scorers' names.
         facts: what else the file should say: the plan, the model, versions.
+
+    Returns:
+        ``facts``, ``detection``, ``steering`` and ``immediate`` of directions as they are, under ``both_signs`` the
+        same where both were tried, and ``pairs``: every attempt.
     """
-    layers = sorted({record.layer for record in records})
     pairs = [
         {
             "layer": record.layer,
             "method": record.method,
             "concept": record.concept,
             "direction": record.chosen,
+            "sign": record.sign,
+            "both_signs": record.both_signs,
+            "candidates": [asdict(one) for one in record.candidates],
             "made_by": record.made_by,
             "results": {
                 name: {key: value for key, value in asdict(outcome).items() if key != "texts"}
@@ -257,6 +278,25 @@ def as_json(
         }
         for record, own in zip(records, effects, strict=True)
     ]
+    content = {
+        **facts,
+        "detection": {str(layer): [asdict(row) for row in rows] for layer, rows in detection.items()},
+        **_summaries(*of_signs(records, effects, False), scorers),
+        "pairs": pairs,
+    }
+    if any(record.both_signs for record in records):
+        content["both_signs"] = _summaries(*of_signs(records, effects, True), scorers)
+    finite: dict[str, Any] = files.finite(content)
+    return finite
+
+
+def _summaries(
+    records: Sequence[SteeringRecord],
+    effects: Sequence[Sequence[ImmediateEffect]],
+    scorers: Sequence[str],
+) -> dict[str, Any]:
+    """The rows of both tables, by layer and together."""
+    layers = sorted({record.layer for record in records})
     steering = {
         scorer: {
             "layers": {
@@ -271,21 +311,14 @@ def as_json(
         for scorer in scorers
         if records
     }
-    content = {
-        **facts,
-        "detection": {str(layer): [asdict(row) for row in rows] for layer, rows in detection.items()},
-        "steering": steering,
-        "immediate": {
-            "layers": {
-                str(layer): [asdict(row) for row in summarise_immediate(*of_layer(records, effects, layer))]
-                for layer in layers
-            },
-            "all": [asdict(row) for row in summarise_immediate(records, effects)],
+    immediate = {
+        "layers": {
+            str(layer): [asdict(row) for row in summarise_immediate(*of_layer(records, effects, layer))]
+            for layer in layers
         },
-        "pairs": pairs,
+        "all": [asdict(row) for row in summarise_immediate(records, effects)],
     }
-    finite: dict[str, Any] = files.finite(content)
-    return finite
+    return {"steering": steering, "immediate": immediate}
 
 
 def draw(
@@ -296,12 +329,16 @@ def draw(
     scorer: str | None,
     title: str,
 ) -> None:
-    """A PNG: detection and steering of each method with intervals, layer by layer; scores and the words' rise by KL."""
+    """A PNG: detection and steering of each method with intervals, layer by layer; scores and the words' rise by KL.
+
+    Of directions as they are; attempts that had both signs to choose from are not drawn.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    records, effects = of_signs(records, effects, False)
     layers = sorted({*detection, *(record.layer for record in records)})
     shown = [*(row.method for rows in detection.values() for row in rows), *(r.method for r in records)]
     methods = list(dict.fromkeys(shown))

@@ -89,8 +89,8 @@ def _show_steering(screen: Console, title: str, rows: Sequence[SteeringSummary])
     missing = max(row.missing for row in rows)
     line = (
         f"{rows[0].n} pairs of concept and layer, 95 % intervals over concepts; scores are 0 to 2. Other concepts: the "
-        "same texts scored for all concepts that were not steered to. Chance is what random directions have, which are "
-        "chosen by the concept's words as all are"
+        "same texts scored for all concepts that were not steered to. random is the level of chance: random groups of "
+        "as many neurons, whose direction is chosen by the same rule"
     )
     if rows[0].dropped:
         line += f". {rows[0].dropped} pairs are left out, which some method lacks or could not be scored on"
@@ -99,15 +99,24 @@ def _show_steering(screen: Console, title: str, rows: Sequence[SteeringSummary])
     screen.print(Text(line, style="dim"))
 
 
-def show_immediate(screen: Console, title: str, rows: Sequence[ImmediateSummary]) -> None:
-    """A method a line, a divergence a column; grey where the interval holds 0."""
+def show_immediate(screen: Console, title: str, rows: Sequence[ImmediateSummary], lead_at: float) -> None:
+    """A method a line, a divergence a column; grey where the interval holds 0.
+
+    Args:
+        screen: where.
+        title: above the table.
+        rows: of :func:`snmf_interp.trial_report.summarise_immediate`.
+        lead_at: the divergence at which the first method's lead over each is shown; of those measured the nearest.
+    """
     screen.print(Text(f"\n{title}\n", style="bold"))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("method, at KL of", no_wrap=True)
     targets = sorted({row.target for row in rows})
+    lead_at = min(targets, key=lambda target: abs(target - lead_at))
     for target in targets:
         table.add_column(f"{target:g}", justify="right", no_wrap=True)
     table.add_column("others", justify="right", no_wrap=True)
+    table.add_column(f"{rows[0].method} is ahead by, at {lead_at:g}", justify="right")
     at = {(row.method, row.target): row for row in rows}
     for method in dict.fromkeys(row.method for row in rows):
         own = [at[method, target] for target in targets]
@@ -118,7 +127,7 @@ def show_immediate(screen: Console, title: str, rows: Sequence[ImmediateSummary]
             )
             for row in own
         ]
-        table.add_row(method, *cells, _signed(own[-1].others.value))
+        table.add_row(method, *cells, _signed(own[-1].others.value), _lead(at[method, lead_at].lead))
     screen.print(table)
     least = min(rows, key=lambda row: row.reached)
     unreached = (
@@ -129,9 +138,9 @@ def show_immediate(screen: Console, title: str, rows: Sequence[ImmediateSummary]
     screen.print(
         Text(
             f"{rows[0].n} pairs of concept and layer. By how much the logits of the concept's words rise above those "
-            "of words that were as likely, on the reporting prompts; grey where the 95 % interval holds 0. Others: "
-            f"the rise of the other concepts' words at {targets[-1]:g} nats. Chance is what random directions have"
-            f"{unreached}",
+            "of words that were as likely, on the reporting prompts; grey where the 95 % interval over concepts holds "
+            f"0. Others: the rise of the other concepts' words at {targets[-1]:g} nats. random is the level of chance: "
+            f"its direction is chosen by the same rule{unreached}",
             style="dim",
         )
     )

@@ -1,4 +1,4 @@
-"""Word logits and divergence under many directions at once: the measuring behind group_effects."""
+"""Word logits and divergence under many directions at once: what group_effects and immediate measure by."""
 
 from __future__ import annotations
 
@@ -211,28 +211,57 @@ def matched_words(
     return found
 
 
+class Solved(NamedTuple):
+    """A direction at the strength that reaches a divergence.
+
+    Attributes:
+        strength: α, above 0.
+        kl: the divergence achieved, in nats.
+        reached: whether it is the wanted one; else the largest that was found.
+        shifts, log_probability: see :class:`Measured`; ``[words]``.
+    """
+
+    strength: float
+    kl: float
+    reached: bool
+    shifts: Tensor
+    log_probability: Tensor
+
+
 def solve_each(
-    meter: WordMeter, directions: Sequence[Tensor], kl: float, tolerance: float = 0.02
-) -> list[tuple[float, float, bool, Tensor]]:
-    """Of each direction the positive strength that reaches ``kl``, as :func:`snmf_interp.solve_strengths` finds it.
+    meter: WordMeter, directions: Sequence[Tensor], targets: Sequence[float], tolerance: float = 0.02
+) -> list[list[Solved]]:
+    """Of each direction the positive strength that reaches each divergence, many directions in a forward pass.
+
+    The search is that of :func:`snmf_interp.solve_strengths`.
+
+    Args:
+        meter: measures divergence and words, on its prompts.
+        directions: ``[d_mlp]`` each, of any length but zero.
+        targets: divergences in nats.
+        tolerance: how far above a target is near enough, as a share of it.
 
     Returns:
-        For each: the strength, the divergence achieved, whether it is the wanted one, and the words' shifts
-        ``[words]`` there.
+        For each direction one :class:`Solved` for each target, in the order given.
     """
     limit = LAST * meter.typical_norm
-    searches = [Search([kl], min(FIRST * meter.typical_norm, limit), limit, tolerance) for _ in directions]
-    seen: list[dict[float, Tensor]] = [
-        {0.0: torch.zeros(len(meter.words), dtype=torch.float64)} for _ in directions
-    ]
+    first = min(FIRST * meter.typical_norm, limit)
+    searches = [Search(targets, first, limit, tolerance) for _ in directions]
+    silent = torch.zeros(len(meter.words), dtype=torch.float64)
+    seen = [{0.0: (silent, silent)} for _ in directions]
     while wanted := [(i, alpha) for i, search in enumerate(searches) for alpha in search.proposals()]:
         rows = torch.stack([directions[i] for i, _ in wanted])
-        found = meter.measure(rows, torch.tensor([alpha for _, alpha in wanted]))
-        for (i, alpha), value, shift in zip(wanted, found.kl.tolist(), found.shifts, strict=True):
-            searches[i].record(alpha, value)
-            seen[i][alpha] = shift
-    results = [search.result(kl, 1) for search in searches]
-    return [(r.strength, r.kl, r.reached, seen[i][r.strength]) for i, r in enumerate(results)]
+        measured = meter.measure(rows, torch.tensor([alpha for _, alpha in wanted]))
+        for at, (i, alpha) in enumerate(wanted):
+            searches[i].record(alpha, float(measured.kl[at]))
+            seen[i][alpha] = measured.shifts[at], measured.log_probability[at]
+    return [
+        [
+            Solved(one.strength, one.kl, one.reached, *own[one.strength])
+            for one in (search.result(target, 1) for target in targets)
+        ]
+        for search, own in zip(searches, seen, strict=True)
+    ]
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from .planted_model import CONCEPTS, planted_model, planted_samples
 from .test_cli import snmf
 
 SHORT = (
-    "--k", 12, "--samples", 1, "--report-samples", 2, "--max-new-tokens", 8, "--one-sign", "--candidates", 2,
+    "--k", 12, "--samples", 1, "--report-samples", 2, "--max-new-tokens", 8, "--candidates", 2,
 )  # fmt: skip
 
 

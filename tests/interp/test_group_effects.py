@@ -148,15 +148,18 @@ def test_strengths_are_those_of_the_solver(make_model: Maker) -> None:
     model = make_model()
     directions = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
     meter = WordMeter(model, 1, PROMPTS, ["Monday"], {"Monday": ["cat"]})
-    for direction, (strength, kl, reached, shifts) in zip(
-        directions, solve_each(meter, list(directions), 0.1), strict=True
-    ):
-        expected = solve_strength(model, 1, direction, 0.1, PROMPTS)
-        assert (strength, kl) == pytest.approx((expected.strength, expected.kl), rel=1e-3)
-        assert reached
-        assert shifts.tolist() == pytest.approx(
-            naive(model, direction, strength, ["Monday"], {"Monday": ["cat"]})[1], abs=1e-3
-        )
+    targets = (0.02, 0.1)
+    for direction, solved in zip(directions, solve_each(meter, list(directions), targets), strict=True):
+        for target, one in zip(targets, solved, strict=True):
+            assert one.reached
+            assert target <= one.kl <= 1.02 * target
+            expected = naive(model, direction, one.strength, ["Monday"], {"Monday": ["cat"]})
+            assert one.kl == pytest.approx(expected[0], rel=1e-3)
+            assert one.shifts.tolist() == pytest.approx(expected[1], abs=1e-3)
+        # One divergence alone takes the very steps of the other search.
+        expected_strength = solve_strength(model, 1, direction, 0.1, PROMPTS)
+        (((strength, kl, *_),),) = solve_each(meter, [direction], (0.1,))
+        assert (strength, kl) == pytest.approx((expected_strength.strength, expected_strength.kl), rel=1e-3)
 
 
 def test_few_passes_are_near_the_solver(make_model: Maker) -> None:
@@ -164,7 +167,7 @@ def test_few_passes_are_near_the_solver(make_model: Maker) -> None:
     model = make_model()
     directions = torch.randn(12, 24, generator=torch.Generator().manual_seed(1))
     meter = WordMeter(model, 1, PROMPTS, ["Monday", "cat"], {"Monday": ["dog", "rain"], "cat": ["sun"]})
-    exact = solve_each(meter, list(directions), 0.1, 0.001)
+    exact = [one for (one,) in solve_each(meter, list(directions), (0.1,), 0.001)]
     for start in (exact[0][0], exact[0][0] / 5, exact[0][0] * 3):
         found = steer_to(meter, directions, 0.1, start)
         assert found.share_reached > 0.9
@@ -180,8 +183,8 @@ def test_unreachable(make_model: Maker) -> None:
     model = make_model("gemma3")
     meter = WordMeter(model, 1, PROMPTS, ["Monday"], {"Monday": ["cat"]})
     directions = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
-    (first, *_) = solve_each(meter, list(directions), 50.0)
-    assert not first[2]
+    ((first,), *_) = solve_each(meter, list(directions), (50.0,))
+    assert not first.reached
     found = steer_to(meter, directions, 50.0, 10.0)
     assert (found.share_reached, found.typical_error) == (0.0, None)
     assert bool(found.shifts.isfinite().all())

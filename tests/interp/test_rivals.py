@@ -140,12 +140,14 @@ class TestPlanted:
         for record in records:
             if record.method == "snmf":
                 assert max(record.candidates, key=lambda one: one.effect or -1).index == record.chosen
-                assert record.results["words"].sign == 1
+                assert record.sign == 1
             outcome = record.results["words"]
             best = max(cell.scores["words"] for cell in record.cells)  # type: ignore[type-var]
             chosen = [c for c in record.cells if (c.target, c.sign) == (outcome.target, outcome.sign)]
             assert chosen[0].scores["words"] == best
-            assert {cell.sign for cell in record.cells} == {1, -1}
+            # A direction is added as it is.
+            assert {cell.sign for cell in record.cells} == {1}
+            assert not record.both_signs
             assert len(outcome.texts) == 8
             # What was found on other prompts holds here, roughly.
             assert 0.2 * outcome.target < outcome.kl < 5 * outcome.target
@@ -237,11 +239,55 @@ class TestPlanted:
 
         assert [record_from_json(json.loads(json.dumps(asdict(one)))) for one in records] == records
 
-    def test_one_sign(self, run: Run, model: LanguageModel, tmp_path: Path) -> None:
-        other = Run.collect(tmp_path / "run", model, planted_samples(), "0")
-        plan = replace(PLAN, against=(), protocol=replace(PROTOCOL, both_signs=False))
-        (record,) = Trial.open(other, model, plan).steer(0, [Words()], ("days",))
-        assert {cell.sign for cell in record.cells} == {1}
+    def test_both_signs(self, trial: Trial, records: list[SteeringRecord]) -> None:
+        """The better sign is taken where it may be, by every method but DiffMeans, chance among them."""
+        both = {one.method: one for one in trial.steer(0, [Words()], ("days",), both_signs=True)}
+        plain = {one.method: one for one in records if one.concept == "days"}
+        assert all(record.both_signs for record in both.values())
+        for method, record in both.items():
+            assert {cell.sign for cell in record.cells} == ({1} if method == "diffmeans" else {1, -1})
+        assert both["snmf"].sign == 1
+        assert replace(both["diffmeans"], both_signs=False) == plain["diffmeans"]
+        meter = trial._meter(0)
+        assert meter is not None
+        for rival in trial.rivals(0):
+            chosen, alone = (
+                meter.rises([record.sign * rival.direction(record.chosen)], "days")[0]
+                for record in (both[rival.name], plain[rival.name])
+            )
+            assert chosen >= alone - 1e-9, rival.name
+
+    def test_the_negative_of_a_feature_is_not_that_feature(self, trial: Trial) -> None:
+        """It is steered by only where both signs are asked for, even if it alone raises the words."""
+        snmf, meter = trial.rivals(0)[0], trial._meter(0)
+        ((index, area), *_) = trial._best(
+            snmf, snmf.scores(trial.run.store().layer(0), trial.run.store().samples(0), len(trial.labels))
+        )["days"]
+        negative = ProjectionDictionary("snmf", -snmf.vectors)  # type: ignore[attr-defined]
+        for both_signs, sign in ((False, 1), (True, -1)):
+            record = steering_protocol.aim(
+                trial.model,
+                0,
+                negative,
+                [(index, area)],
+                "days",
+                PROTOCOL,
+                meter=meter,
+                both_signs=both_signs,
+            )
+            assert record.sign == sign
+
+    def test_a_direction_is_chosen_by_what_is_reported(self, trial: Trial) -> None:
+        """Of two directions the one with the larger rise above matched words, not the one that flattens."""
+        meter = trial._meter(0)
+        assert meter is not None
+        snmf = trial.rivals(0)[0]
+        candidates = [(index, None) for index in range(snmf.size) if bool(snmf.direction(index).any())]
+        rises = meter.rises([snmf.direction(index) for index, _ in candidates], "days")
+        protocol = replace(PROTOCOL, candidates=len(candidates))
+        record = steering_protocol.aim(trial.model, 0, snmf, candidates, "days", protocol, meter=meter)
+        assert record.chosen == candidates[max(range(len(rises)), key=rises.__getitem__)][0]
+        assert [one.effect for one in record.candidates] == [pytest.approx(rise) for rise in rises]
 
     def test_the_next_token(self, trial: Trial, records: list[SteeringRecord]) -> None:
         """The concept's words rise under its group, those of the others do not, and chance moves neither as far."""
@@ -255,11 +301,13 @@ class TestPlanted:
             assert ours.shift.low > 0
             assert ours.log_probability.low > 0
             assert ours.others.value < 0.1 * ours.shift.value
-            assert 0.2 * target < ours.kl < 5 * target
+            # The divergence is that of the prompts on which the effect is read, the same for every method.
+            for row in (ours, chance, rows["diffmeans", target], rows["neuron", target]):
+                assert row.reached < 1 or target <= row.kl <= 1.02 * target
             assert chance.lead is not None
             assert chance.lead.value == pytest.approx(ours.shift.value - chance.shift.value)
             # Three concepts say little of an interval; of which neurons random groups are made is up to chance.
-            assert chance.lead.value > 0.5 * ours.shift.value
+            assert chance.lead.value > 0.25 * ours.shift.value
             assert ours.reached == 1
         assert rows["snmf", 0.8].shift.value > rows["snmf", 0.2].shift.value
 
@@ -269,25 +317,24 @@ class TestPlanted:
         """Computed anew with whole forward passes."""
         record = next(one for one in records if one.method == "snmf")
         (effects,) = trial.immediate([record])
-        cell = next(one for one in record.cells if (one.target, one.sign) == (0.8, 1))
+        effect = effects[-1]
         direction = trial.rivals(0)[0].direction(record.chosen)
         own = [VOCABULARY.index(word) for word in CONCEPTS[record.concept]]
-        controls = matched_words(
-            trial.model, CONCEPTS[record.concept], [*PROTOCOL.choosing, *PROTOCOL.reporting], CONTROLS
-        )
+        every = [word for words in CONCEPTS.values() for word in words]
+        controls = matched_words(trial.model, every, [*PROTOCOL.choosing, *PROTOCOL.reporting], CONTROLS)
         shifts, rises = [], []
         for prompt in PROTOCOL.reporting:
             ids = torch.tensor([trial.model.encode(prompt)])
             before = hooks.forward(trial.model, ids, torch.ones_like(ids)).logits[0, -1]
-            with steer(trial.model, {0: direction}, strength=cell.strength):
+            with steer(trial.model, {0: direction}, strength=effect.strength):
                 after = hooks.forward(trial.model, ids, torch.ones_like(ids)).logits[0, -1]
             change = after - before
             for word, token in zip(CONCEPTS[record.concept], own, strict=True):
                 others = [VOCABULARY.index(other) for other in controls[word]]
                 shifts.append(float(change[token] - change[others].mean()))
                 rises.append(float((after.log_softmax(0) - before.log_softmax(0))[token]))
-        effect = effects[-1]
-        assert (effect.target, effect.sign, effect.others) == (0.8, 1, None)
+        assert (effect.target, effect.sign) == (0.8, 1)
+        assert effect.others is not None
         assert effect.shift == pytest.approx(sum(shifts) / len(shifts), rel=1e-3)
         assert effect.log_probability == pytest.approx(sum(rises) / len(rises), rel=1e-3)
 
@@ -296,24 +343,27 @@ class TestPlanted:
     ) -> None:
         found = trial.immediate(records)
         with monkeypatch.context() as patch:
-            patch.setattr(rivals, "ImmediateMeter", lambda *_: pytest.fail("read again"))
+            patch.setattr(trial, "_meter", lambda *_: pytest.fail("read again"))
             assert trial.immediate(records) == found
-        # Other strengths are other effects.
-        record = records[0]
-        cells = tuple(replace(cell, strength=cell.strength / 2) for cell in record.cells)
-        (weaker, *_) = trial.immediate([replace(record, cells=cells), *records[1:]])
-        assert weaker[0].kl < found[0][0].kl
+        # Another sign is another effect.
+        (turned, *_) = trial.immediate([replace(records[0], sign=-1), *records[1:]])
+        assert turned[0].strength < 0 < found[0][0].strength
 
-    def test_words_of_several_tokens_are_not_read(
-        self, trial: Trial, records: list[SteeringRecord], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(trial, "words", {"days": ("no-token",), "weather": ("rain", "no-token")})
-        some = [one for one in records if one.method == "snmf" and one.concept in ("days", "weather")]
-        days, weather = trial.immediate(some)
+    def test_words_of_several_tokens_are_not_read(self, trial: Trial, records: list[SteeringRecord]) -> None:
+        words = {"days": ("no-token",), "weather": ("rain", "no-token")}
+        some = [one for one in records if one.method == "snmf" and one.concept in words]
+
+        def reading(words: dict[str, tuple[str, ...]]) -> Trial:
+            other = Trial(trial.run, trial.model, trial.plan, trial.folder)
+            other.__dict__["words"] = words
+            return other
+
+        days, weather = reading(words).immediate(some)
         assert (len(days), len(weather)) == (0, len(PROTOCOL.targets))
-        assert trial.immediate([one for one in some if one.concept == "days"]) == [()]
+        assert {effect.others for effect in weather} == {None}
         rows = summarise_immediate(some, [days, weather])
         assert {row.n for row in rows} == {1}
+        assert reading({"days": ("no-token",)}).immediate(some) == [(), ()]
         assert summarise_immediate(some, [(), ()]) == []
 
     def test_the_report(self, trial: Trial, records: list[SteeringRecord], tmp_path: Path) -> None:
@@ -386,7 +436,7 @@ class TestTrial:
         matches = json.loads((run.path / "eval" / "layer_0" / "matches.json").read_text())["matches"]
         assert len(matches["neuron"]["days"]) == 20
         assert len(matches["diffmeans"]["days"]) == 1
-        other = replace(PLAN, protocol=replace(PROTOCOL, both_signs=False))
+        other = replace(PLAN, protocol=replace(PROTOCOL, samples=1))
         Trial.open(run, model, other)
         with pytest.raises(ValueError, match="with protocol ="):
             Trial.open(run, model, PLAN)
