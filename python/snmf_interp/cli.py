@@ -37,6 +37,7 @@ from .arguments import (
 )
 
 if TYPE_CHECKING:
+    from .features import Feature
     from .models import LanguageModel
 
 app = typer.Typer(
@@ -311,6 +312,14 @@ def features(
         str | None, typer.Option(help="Only features whose best concept is this label.")
     ] = None,
     contexts: Annotated[int, typer.Option(help="Contexts per feature.")] = 3,
+    effects: Annotated[
+        bool | None,
+        typer.Option(
+            "--effects/--no-effects",
+            help="Measure what every feature of the layer does to the next word, or measure nothing.",
+            show_default="those that are shown; with --json, nothing",
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a line instead of a table.")
     ] = False,
@@ -318,18 +327,19 @@ def features(
 ) -> None:
     """Show what the features of a factorised run stand for.
 
-    Each has its strongest tokens in context, the words it makes likelier than other features do (→, logit
-    lens), its neurons, and how much of the data it explains. The first call describes all features (which
-    needs the model) and keeps them in DIR/layer_N/features.jsonl.
+    Each has its strongest tokens in context, the words that rise when it is added (→, measured at a divergence of 0.25
+    nats behind eight prompts), its neurons, and how much of the data it explains. The first call describes all
+    features (which needs the model) and keeps them in DIR/layer_N/features.jsonl; what was measured is kept beside it.
     """
     import json
     from dataclasses import asdict
 
     from . import show
+    from .features import by_clarity
     from .runs import Run
 
-    keys = {
-        "clarity": lambda f: (-f.clarity, f.index),
+    keys: dict[str, Callable[[Feature], Any]] = {
+        "clarity": by_clarity,
         "energy": lambda f: (-f.energy, f.index),
         "index": lambda f: f.index,
     }
@@ -344,34 +354,47 @@ def features(
     screen = terminal.console()
     load = terminal.loader(opened, device)
     for number in chosen:
-        found = opened.features(number, load)
-        if feature is not None:
-            if not 0 <= feature < len(found):
-                raise ValueError(f"--feature: layer {number} has features 0-{len(found) - 1}, got {feature}")
-            found = [found[feature]]
-        elif concept is not None:
-            named = [f for f in found if f.concept == concept]
-            if not named:
-                concepts = (
-                    ", ".join(sorted({f.concept for f in found if f.concept}))
-                    or "none: the texts have no labels"
-                )
-                raise ValueError(
-                    f"--concept: no feature of layer {number} has {concept!r} as its best concept; "
-                    f"there are {concepts}"
-                )
-            found = named
-        found = sorted(found, key=keys[sort])[: None if as_json else top]
+
+        def wanted(described: list[Feature], number: int = number) -> list[Feature]:
+            if feature is not None:
+                if not 0 <= feature < len(described):
+                    raise ValueError(
+                        f"--feature: layer {number} has features 0-{len(described) - 1}, got {feature}"
+                    )
+                return [described[feature]]
+            if concept is not None:
+                described = _of_concept(described, concept, number)
+            return sorted(described, key=keys[sort])[: None if as_json else top]
+
+        def measured(described: list[Feature], choose: Any = wanted) -> list[Feature]:
+            if effects:
+                return described
+            return [] if effects is False or as_json else choose(described)
+
+        every = terminal.with_effects_of(opened, number, load, measured)
+        found = wanted(every)
         if as_json:
             for row in found:
                 typer.echo(json.dumps(asdict(row), ensure_ascii=False))
         elif feature is not None:
             screen.print(show.feature_page(found[0], screen.width, marks=not screen.is_terminal))
         else:
-            screen.print(Text(f"\nLayer {number}, {len(found)} features by {sort}\n", style="bold"))
+            screen.print(Text(f"\nLayer {number}, {len(every)} features by {sort}\n", style="bold"))
             screen.print(
                 show.feature_table(found, screen.width, marks=not screen.is_terminal, contexts=contexts)
             )
+            screen.print(show.table_notes(found, opened.mean_active(number)))
+
+
+def _of_concept(features: list[Feature], concept: str, layer: int) -> list[Feature]:
+    named = [feature for feature in features if feature.concept == concept]
+    if not named:
+        there = ", ".join(sorted({feature.concept for feature in features if feature.concept}))
+        raise ValueError(
+            f"--concept: no feature of layer {layer} has {concept!r} as its best concept; "
+            f"there are {there or 'none that a feature ranks better than chance'}"
+        )
+    return named
 
 
 @_command("steer")

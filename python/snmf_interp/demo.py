@@ -9,12 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
 from . import show, terminal
-from .concepts import chance_precision, text_scores
 from .gguf_models import cache_dir
 from .runs import CONFIG, Run
 from .texts import digest, read_texts
@@ -59,7 +57,9 @@ def run(screen: Console, model: str, out: Path, top: int) -> None:
     for layer, record in opened.fit(layers, K, progress=sys.stderr.isatty(), **OPTIONS):
         terminal.fitted(screen, layer, record)
     for layer in layers:
-        features = opened.features(layer, load)
+        features = terminal.with_effects_of(
+            opened, layer, load, lambda described: show.clearest(described, top)
+        )
         chosen = show.clearest(features, top)
         screen.print(
             Text(f"\nLayer {layer}, the {len(chosen)} clearest of {len(features)} features", style="bold")
@@ -106,25 +106,25 @@ def _load(screen: Console, model: str) -> LanguageModel:
 
 
 def _legend(screen: Console, opened: Run, layers: list[int]) -> None:
-    """How to read the tables, with the control that says how much a precision is worth."""
-    store = opened.store()
-    labels = store.corpus.labels
-    chance = []
-    for layer in layers:
-        Y = torch.as_tensor(opened.factors(layer).Y)
-        scores = text_scores(Y, store.samples(layer), len(labels))
-        chance.append(float(chance_precision(scores, labels).max()))
+    """How to read the tables, with the controls that say how much their numbers are worth."""
+    described = {layer: opened.features(layer, _never) for layer in layers}
+    active = ", ".join(f"{opened.mean_active(layer):.0f}" for layer in layers)
+    lens = ", ".join(f"{features[0].lens_agreement:.2f}" for features in described.values())
+    chance = ", ".join(f"{features[0].chance_precision:.2f}" for features in described.values())
     screen.print(
         Text.assemble(
             ("How to read this. ", "bold"),
-            "The features were found without labels. The name on the left is the label of the corpus that "
-            "the feature ranks best; AP, its average precision, is 1.00 when all 12 sentences of that label "
-            f"come first (with shuffled labels, the best of all {K * len(layers)} features has "
-            f"{max(chance):.2f}). These layers were picked because they match these labels well, and the clearest "
-            "features are shown first: most features are less clear, and so are most other layers. "
-            "On the right are the words around its strongest tokens, one from each sentence; three "
-            "contexts; and after → the words that its direction in the residual stream makes likelier than the "
-            "layer's other features do (logit lens), which say more in late layers.",
+            "The features were found without labels; their names are the words that set their contexts apart. In "
+            "colour: the label of the corpus that a feature ranks best. AP is its average precision on these texts, "
+            "1.00 when all 12 sentences of that label come first; with shuffled labels the best feature of a layer has "
+            f"{chance}, and below that no label is shown. On the right are the words around its strongest tokens, one "
+            "from each sentence; three contexts; and after → the words that rise when the feature is added, above what "
+            "random groups of neurons raise (measured: at a divergence of 0.25 nats, behind 8 prompts).\n",
+            ("What to keep in mind. ", "bold"),
+            "These layers were picked because they match these labels well, and the clearest features come first: most "
+            f"are less clear, and so are most other layers. A token has {active} of the {K} features at once (L0), "
+            "most of them weakly. The logit lens, which other tools show after the arrow, agrees with the measured "
+            f"effects by a rank correlation of {lens} in these layers. The model is a file with weights of 4 bits.",
         )
     )
 

@@ -181,7 +181,7 @@ def difference_of_means(
 def random_groups(factors: snmf_kernels.Factorization, *, seed: int = 0) -> ProjectionDictionary:
     """Chance: as many random groups of as many neurons as a factorisation has features.
 
-    For each column of Z a direction with its number of non-zeros, at neurons drawn uniformly, with standard
+    For each feature a direction with as many neurons (of a dead one, as another has), drawn uniformly, with standard
     normal values, in the units that the fit saw: multiplied by the neuron scale where there is one, as Z is.
     A token's score is its cosine with it in those units, cut at 0, as a feature's is.
 
@@ -189,15 +189,36 @@ def random_groups(factors: snmf_kernels.Factorization, *, seed: int = 0) -> Proj
         factors: what to imitate.
         seed: of neurons and values.
     """
+    vectors = random_group_vectors(factors, factors.k, seed=seed)
+    scale = None if factors.neuron_scale is None else torch.as_tensor(factors.neuron_scale).cpu().float()
+    return ProjectionDictionary("random", vectors, scale=scale, floor=True)
+
+
+def random_group_vectors(factors: snmf_kernels.Factorization, count: int, *, seed: int = 0) -> Tensor:
+    """The vectors of :func:`random_groups`, as many as wanted, ``[count, d]`` float32.
+
+    Args:
+        factors: what to imitate: sizes are those of its features in turn, without dead ones.
+        count: how many.
+        seed: of neurons and values.
+
+    Raises:
+        ValueError: every feature is dead.
+    """
     Z = torch.as_tensor(factors.Z).cpu()
+    shape = (Z.shape[0], count)
     generator = torch.Generator().manual_seed(seed)
+    sizes = (Z != 0).sum(0)
+    sizes = sizes[sizes > 0]
+    if not len(sizes):
+        raise ValueError("factors: every feature is dead: there are no groups to imitate")
+    sizes = sizes[torch.arange(count) % len(sizes)]
     # Each column of the argsort is a permutation: so many of its entries are below the column's count.
-    support = torch.rand(Z.shape, generator=generator).argsort(0) < (Z != 0).sum(0)
-    vectors = (torch.randn(Z.shape, generator=generator) * support).T.contiguous()
+    support = torch.rand(shape, generator=generator).argsort(0) < sizes
+    vectors = (torch.randn(shape, generator=generator) * support).T.contiguous()
     if factors.neuron_scale is None:
-        return ProjectionDictionary("random", vectors, floor=True)
-    scale = torch.as_tensor(factors.neuron_scale).cpu().float()
-    return ProjectionDictionary("random", vectors * scale, scale=scale, floor=True)
+        return vectors
+    return vectors * torch.as_tensor(factors.neuron_scale).cpu().float()
 
 
 def _unit(rows: Tensor) -> Tensor:

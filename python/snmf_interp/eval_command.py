@@ -412,6 +412,7 @@ def _written(
     run: Run, model: LanguageModel, layers: Sequence[int], llm: Any, limit: int
 ) -> dict[int, dict[str, Any]]:
     """The paper's test with written sentences, for each factorised layer."""
+    from .features import by_clarity
     from .labels import label_features, made_by, write_labels
     from .sentences import detect_sentences, write_sentences
 
@@ -424,7 +425,7 @@ def _written(
         )
     found = {}
     for layer in layers:
-        features = sorted(run.features(layer, model), key=lambda f: (-f.clarity, f.index))
+        features = sorted(run.features(layer, model), key=by_clarity)
         labels = label_features(features[:limit], llm, sides=("input",))
         write_labels(run.labels_folder(layer), labels, made_by(llm, run.features_path(layer)))
         named = [one for one in labels if one.text is not None]

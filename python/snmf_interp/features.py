@@ -6,8 +6,8 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +15,32 @@ import torch
 from torch import Tensor
 
 from . import files
-from .concepts import average_precision, text_scores
+from .concepts import average_precision, chance_precision, text_scores
+from .dictionaries import random_group_vectors
+from .effects import AGREES, WordEffects, lens_logits
+from .words import Word, context_words, corpus_words, is_function_word
 
 if TYPE_CHECKING:
     import snmf_kernels
 
+    from .labels import Label
     from .models import LanguageModel
     from .store import ActivationStore
 
-# Of what a described feature says. 2: the logit lens has the gain of a norm behind the MLP.
-_VERSION = 2
+# Of what a described feature says. 2: the logit lens has the gain of a norm behind the MLP. 3: concepts above chance
+# alone, tokens with a coefficient and strong ones apart, promoted words above those of random groups.
+_VERSION = 3
+# Random groups whose logit-lens words say what any direction promotes.
+_N_RANDOM = 64
+# A token is strong above this share of the feature's largest coefficient.
+STRONG = 0.1
+# Words of a name.
+_NAME = 5
+# Who names a feature that no language model has named.
+WORDS = "words"
+# Content words that a clear feature has, and the standard deviations by which they stand out where clarity is a half:
+# what makes a label by words clear.
+_CONTENT_WORDS, _HALF_CLEAR = 3, 3.5
 # Features per logit-lens product: bounds the table of [features, vocabulary].
 _LENS_CHUNK = 64
 
@@ -76,21 +92,34 @@ class Feature:
     Attributes:
         layer, index: the feature's place.
         tokens: where it is strongest, strongest first.
-        promoted, suppressed: top and bottom logit-lens tokens of the direction that the feature adds to the residual
-            stream (:meth:`LanguageModel.output_weight`), with their logits.
-        distinctive: the tokens whose logit stands out most among all features of the layer, with the number
-            of standard deviations. Some tokens are promoted by nearly every direction; these are not. (On
-            SmolLM2 layer 23, three seeds, 16, 14 and 10 of these words belong to their feature's concept, of
-            ``promoted`` 9, 6 and 3; in layers 5 and 8 hardly any do in either list.)
+        promoted, suppressed: by the logit lens, the tokens that the direction which the feature adds to the residual
+            stream (:meth:`LanguageModel.output_weight`) makes likelier or less likely than random groups of as many
+            neurons do, with the number of standard deviations.
+        distinctive: by the logit lens, the tokens whose logit stands out most among all features of the layer,
+            likewise.
         neurons: ``(neuron, weight)`` by falling |weight|, weights relative to ``‖z‖``.
         n_neurons: non-zero entries of z.
-        n_active, active_share: tokens whose coefficient exceeds the stated threshold times the row's largest.
+        n_firing, firing_share: tokens on which it fires: those with a coefficient above 0.
+        n_strong, strong_share: tokens on which it is strong: above a tenth of its largest coefficient.
         energy: ``‖z‖²‖y‖²`` as a share of its sum over all features.
         distinct_tokens: distinct words among ``tokens``, as a share (case and surrounding space ignored).
+        name: what it is called: a label by a language model where there is one, else the words that set its contexts
+            apart from the corpus.
+        named_by: ``"words"``, or the language model.
         concept, concept_precision: the label that the feature ranks best and its average precision
-            (:func:`snmf_interp.concepts.average_precision`); None and 0 without labels.
-        clarity: how clearly it stands for one thing, 0 to 1: ``concept_precision`` when the texts have
-            labels, else the share that the most frequent word has in the summed strength of ``tokens``.
+            (:func:`snmf_interp.concepts.average_precision`), on the texts that the fit saw; None and 0 where that is
+            not above ``chance_precision``, or without labels.
+        chance_precision: what the best of all features of the layer reaches with shuffled labels
+            (:func:`snmf_interp.concepts.chance_precision`); 0 without labels.
+        word_clarity: how clearly its words stand for one thing, 0 to 1, by words alone: z / (z + 3.5), z being the mean
+            log-odds of the three content words that set its contexts apart most from the corpus (function words and
+            marks count nothing, and so does a second or third word that is not there).
+        clarity: what features are ordered by: ``concept_precision`` where any feature of the layer has a concept, else
+            ``word_clarity``.
+        effects: what it does to the next word, measured; None where that has not been done (see
+            :meth:`snmf_interp.Run.effects`).
+        lens_agreement: the median rank correlation of the logit lens with the effects that were measured in the layer;
+            None where none was.
     """
 
     layer: int
@@ -101,13 +130,26 @@ class Feature:
     distinctive: tuple[tuple[str, float], ...]
     neurons: tuple[tuple[int, float], ...]
     n_neurons: int
-    n_active: int
-    active_share: float
+    n_firing: int
+    firing_share: float
+    n_strong: int
+    strong_share: float
     energy: float
     distinct_tokens: float
+    name: str
+    named_by: str
     concept: str | None
     concept_precision: float
+    chance_precision: float
+    word_clarity: float
     clarity: float
+    effects: WordEffects | None = None
+    lens_agreement: float | None = None
+
+    @property
+    def lens_holds(self) -> bool:
+        """Whether the logit lens agrees with measured effects in this layer, as far as that is known."""
+        return self.lens_agreement is None or self.lens_agreement >= AGREES
 
     @property
     def words(self) -> list[tuple[str, int]]:
@@ -125,7 +167,11 @@ class Feature:
             name: tuple((a, b) for a, b in row[name])
             for name in ("promoted", "suppressed", "distinctive", "neurons")
         }
-        return cls(**{**row, **pairs, "tokens": tuple(TokenInContext(**token) for token in row["tokens"])})
+        tokens = tuple(TokenInContext(**token) for token in row["tokens"])
+        effects = row.get("effects")
+        return cls(
+            **{**row, **pairs, "tokens": tokens, "effects": effects and WordEffects.from_dict(effects)}
+        )
 
 
 def describe(
@@ -139,8 +185,8 @@ def describe(
     window: int = 15,
     n_words: int = 10,
     n_neurons: int = 20,
-    active_threshold: float = 0.1,
     one_per_text: bool = True,
+    corpus: Mapping[str, float] | None = None,
 ) -> list[Feature]:
     """Describe features.
 
@@ -154,8 +200,8 @@ def describe(
         window: tokens of context on each side (15 in the paper).
         n_words: logit-lens tokens at each end.
         n_neurons: neurons listed per feature.
-        active_threshold: a token counts as active above this share of the feature's largest coefficient.
         one_per_text: list at most one token of each text, so that one repetitive text cannot fill the list.
+        corpus: counts of the corpus's words (:func:`snmf_interp.words.corpus_words`), by default counted now.
 
     Raises:
         ValueError: the factors do not belong to this layer of this store (their shapes differ), or an index
@@ -181,10 +227,14 @@ def describe(
     text_of = store.samples(layer)
     labels = store.corpus.labels
     names: list[str] = []
-    precision = torch.zeros(k, 0)
+    precision, chance = torch.zeros(k, 0), 0.0
     if any(label is not None for label in labels):
-        names, precision = average_precision(text_scores(Y[wanted], text_of, len(labels)), labels)
-    lens = _lens(model, layer, Z, wanted, n_words)
+        scores = text_scores(Y, text_of, len(labels))
+        names, precision = average_precision(scores, labels)
+        chance = chance_precision(scores, labels)
+    has_concepts = bool((precision > chance).any())
+    counts = corpus_words(store, model) if corpus is None else corpus
+    lens = _lens(model, layer, factors, wanted, n_words)
     features = []
     for row, index in enumerate(wanted):
         tokens = []
@@ -205,12 +255,15 @@ def describe(
         )
         n_nonzero = int((weights > 0).sum())
         listed = order[: min(n_neurons, n_nonzero)]
-        active = int((Y[index] > active_threshold * Y[index].max()).sum())
+        firing = int((Y[index] > 0).sum())
+        strong = int((Y[index] > STRONG * Y[index].max()).sum())
         concept, concept_precision = None, 0.0
-        if names and tokens:
-            best = int(precision[row].argmax())
-            concept, concept_precision = names[best], float(precision[row, best])
-        words = _word_strengths(tokens)
+        if has_concepts and tokens and float(precision[index].max()) > chance:
+            best = int(precision[index].argmax())
+            concept, concept_precision = names[best], float(precision[index, best])
+        standing_out = context_words(tokens, counts)
+        word_clarity = _word_clarity(standing_out)
+        words = {token.token.strip().casefold() for token in tokens}
         features.append(
             Feature(
                 layer=layer,
@@ -221,13 +274,19 @@ def describe(
                 distinctive=lens[row].distinctive,
                 neurons=tuple((int(i), float(Z[i, index] / norms[index])) for i in listed),
                 n_neurons=n_nonzero,
-                n_active=active,
-                active_share=active / Y.shape[1],
+                n_firing=firing,
+                firing_share=firing / Y.shape[1],
+                n_strong=strong,
+                strong_share=strong / Y.shape[1],
                 energy=float(energies[index]),
                 distinct_tokens=len(words) / len(tokens) if tokens else 0.0,
+                name=_name(tokens, standing_out),
+                named_by=WORDS,
                 concept=concept,
                 concept_precision=concept_precision,
-                clarity=concept_precision if names else max(words.values(), default=0.0),
+                chance_precision=chance,
+                word_clarity=word_clarity,
+                clarity=concept_precision if has_concepts else word_clarity,
             )
         )
     return features
@@ -269,8 +328,13 @@ class OutdatedFeaturesError(ValueError):
 
 
 def write_features(path: Path, features: Sequence[Feature]) -> None:
-    """Write one JSON object a line; the file appears when it is whole."""
-    rows = ({"version": _VERSION, **asdict(feature)} for feature in features)
+    """Write one JSON object a line, without measured effects; the file appears when it is whole."""
+    measured = ("effects", "lens_agreement")
+    rows = (
+        {"version": _VERSION}
+        | {name: value for name, value in asdict(feature).items() if name not in measured}
+        for feature in features
+    )
     files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -354,42 +418,46 @@ def _split_text(
     )
 
 
-def _lens(model: LanguageModel, layer: int, Z: Tensor, wanted: Sequence[int], count: int) -> list[_Words]:
+def _lens(
+    model: LanguageModel, layer: int, factors: snmf_kernels.Factorization, wanted: Sequence[int], count: int
+) -> list[_Words]:
     """Logit-lens tokens of the residual directions of the wanted columns of Z."""
-    # Mean and spread of each token's logit over the features, for how unusual one feature's logit is.
+    Z = torch.as_tensor(factors.Z).cpu().float()
     live = (Z != 0).any(0).nonzero().squeeze(1)
-    total = squares = torch.zeros(())
-    for part in live.split(_LENS_CHUNK):
-        logits = _logits(model, layer, Z[:, part]).double()
-        total, squares = total + logits.sum(0), squares + logits.square().sum(0)
-    mean = total / max(len(live), 1)
-    spread = (squares / max(len(live), 1) - mean.square()).clamp_min(0).sqrt()
+    if not len(live):
+        return [_Words((), (), ())] * len(wanted)
+    # How unusual a feature's logit of a token is: among the features, and among random groups.
+    others = _mean_and_spread(model, layer, Z[:, live])
+    random = _mean_and_spread(model, layer, random_group_vectors(factors, _N_RANDOM).T)
     rows = []
     for part in torch.tensor(wanted, dtype=torch.long).split(_LENS_CHUNK):
-        logits = _logits(model, layer, Z[:, part])
+        logits = lens_logits(model, layer, Z[:, part])
         count = min(count, logits.shape[1])
         for index, row in zip(part.tolist(), logits, strict=True):
-            unusual = (row - mean) / spread.clamp_min(1e-6)
+            if index not in live:
+                rows.append(_Words((), (), ()))
+                continue
+            above_random = (row - random[0]) / random[1]
+            unusual = (row - others[0]) / others[1]
             rows.append(
                 _Words(
-                    promoted=_named(model, row.topk(count)),
-                    suppressed=_named(model, row.topk(count, largest=False)),
+                    promoted=_named(model, above_random.topk(count)),
+                    suppressed=_named(model, above_random.topk(count, largest=False)),
                     # Two features differ from their mean by equal amounts: three say more.
-                    distinctive=_named(model, unusual.topk(count)) if len(live) > 2 and index in live else (),
+                    distinctive=_named(model, unusual.topk(count)) if len(live) > 2 else (),
                 )
             )
     return rows
 
 
-def _logits(model: LanguageModel, layer: int, Z: Tensor) -> Tensor:
-    """Logits ``[m, vocabulary]`` of the residual directions of the columns of Z, each scaled to unit length.
-
-    The final norm drops the length anyway, but for its epsilon.
-    """
-    weight = model.output_weight(layer)
-    unit = Z / Z.norm(dim=0).clamp_min(1e-30)
-    with torch.inference_mode():
-        return model.logit_lens((weight @ unit.to(weight.device, weight.dtype)).T).cpu()
+def _mean_and_spread(model: LanguageModel, layer: int, Z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each token's lens logit over the columns of Z, ``[vocabulary]`` float64."""
+    total = squares = torch.zeros(())
+    for part in Z.split(_LENS_CHUNK, 1):
+        logits = lens_logits(model, layer, part).double()
+        total, squares = total + logits.sum(0), squares + logits.square().sum(0)
+    mean = total / max(Z.shape[1], 1)
+    return mean, (squares / max(Z.shape[1], 1) - mean.square()).clamp_min(0).sqrt().clamp_min(1e-6)
 
 
 def _named(model: LanguageModel, best: Any) -> tuple[tuple[str, float], ...]:
@@ -398,11 +466,56 @@ def _named(model: LanguageModel, best: Any) -> tuple[tuple[str, float], ...]:
     return tuple((model.token_text(token), value) for value, token in pairs)
 
 
-def _word_strengths(tokens: Sequence[TokenInContext]) -> dict[str, float]:
-    """Each word's share of the summed strength, words compared without case and surrounding space."""
-    total = sum(token.strength for token in tokens)
-    words: dict[str, float] = {}
-    for token in tokens:
-        word = token.token.strip().casefold()
-        words[word] = words.get(word, 0.0) + token.strength / total
-    return words
+def _word_clarity(standing_out: Sequence[Word]) -> float:
+    """See :attr:`Feature.word_clarity`."""
+    content = [word.z for word in standing_out if not is_function_word(word.text)]
+    z = sum(sorted(content, reverse=True)[:_CONTENT_WORDS]) / _CONTENT_WORDS
+    return z / (z + _HALF_CLEAR)
+
+
+def _name(tokens: Sequence[TokenInContext], standing_out: Sequence[Word]) -> str:
+    """The content words that stand out, else those of the strongest tokens, else these tokens as such."""
+    chosen = [word.text for word in standing_out if not is_function_word(word.text)]
+    if not chosen:
+        words = list(dict.fromkeys(token.word for token in tokens))
+        chosen = [word for word in words if word and not is_function_word(word)]
+        if not chosen:
+            return " ".join(f"‹{word or '␣'}›" for word in words[:_NAME])
+    return ", ".join(chosen[:_NAME])
+
+
+def with_effects(
+    features: Sequence[Feature], named: Mapping[int, WordEffects], agreement: float | None
+) -> list[Feature]:
+    """The features with what was measured of them, and of the logit lens in their layer."""
+    return [
+        replace(feature, effects=named.get(feature.index), lens_agreement=agreement) for feature in features
+    ]
+
+
+def by_clarity(feature: Feature) -> tuple[float, float, int]:
+    """Sorts features by falling clarity, those of equal clarity by their words, then by index."""
+    return -feature.clarity, -feature.word_clarity, feature.index
+
+
+def with_names(features: Sequence[Feature], labels: Iterable[Label]) -> list[Feature]:
+    """The features under the names that language models gave them.
+
+    Args:
+        features: of one layer.
+        labels: of that layer, of any sources; the first source that names what a feature fires on is taken.
+    """
+    named: dict[int, tuple[str, str]] = {}
+    for label in labels:
+        if label.side == "input" and label.text is not None and label.clear and label.source != WORDS:
+            named.setdefault(label.index, (label.text, label.source))
+    found = []
+    for feature in features:
+        name, source = named.get(feature.index, (feature.name, feature.named_by))
+        found.append(replace(feature, name=name, named_by=source))
+    return found
+
+
+def mean_active(factors: snmf_kernels.Factorization) -> float:
+    """L0: how many features fire on a token on average, those with a coefficient above 0."""
+    return float((torch.as_tensor(factors.Y) > 0).sum(0).double().mean())

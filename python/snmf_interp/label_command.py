@@ -57,6 +57,7 @@ def label(
     model, which reads each feature's strongest tokens in context. Labels are kept in DIR/layer_N/labels, and
     a model's answers in DIR/llm: the same command asks only for what is missing.
     """
+    from .features import by_clarity
     from .labels import SIDES, label_features, made_by, write_labels
     from .runs import Run
 
@@ -76,7 +77,7 @@ def label(
     asked = 0
     for number in chosen:
         started = time.perf_counter()
-        features = sorted(opened.features(number, load), key=lambda f: (-f.clarity, f.index))[:limit]
+        features = sorted(opened.features(number, load), key=by_clarity)[:limit]
         corpus = opened.words(load) if llm is None else None
         labels = label_features(features, llm, sides=sides, corpus=corpus)
         write_labels(opened.labels_folder(number), labels, made_by(llm, opened.features_path(number)))
@@ -88,7 +89,7 @@ def label(
             continue
         from . import show
 
-        screen.print(show.label_table(features[:top], labels, screen.width))
+        screen.print(show.label_table(features[:top], labels, screen.width, marks=not screen.is_terminal))
         _summary(screen, number, labels, time.perf_counter() - started)
     if llm is not None and not as_json:
         screen.print(Text(_costs(llm), style="dim"), soft_wrap=True)

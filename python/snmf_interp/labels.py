@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import files, prompts, words
 from .answers import Request, ask_json
+from .features import WORDS
 from .runs import versions
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SIDES = ("input", "output")
-# The source of labels that no model wrote.
-WORDS = "words"
 # Words alone: by how many standard deviations the strongest must stand out for the label to count as clear. Of
 # 600 draws of 25 random tokens from the bundled corpus, 3 % do; of the features of SmolLM2-135M with k = 100, 82 %
 # at layer 8 and 63 % at layer 23.
@@ -96,8 +95,9 @@ def label_features(
         shown: how many tokens in context a model is shown (10 in the paper).
 
     Returns:
-        A label for each feature and side, in this order. A feature without tokens, or without logit-lens words,
-        has no clear concept; no model is asked.
+        A label for each feature and side, in this order. A feature without tokens, or of which it is not known
+        what it makes likelier (neither measured effects nor a logit lens that agrees with them), has no clear
+        concept on that side; no model is asked.
 
     Raises:
         ValueError: a side that is none, or ``shown`` below 1.
@@ -133,11 +133,18 @@ def question(feature: Feature, side: str, *, shown: int = 10) -> Request | None:
             return None
         places = [_marked(token) for token in feature.tokens[:shown]]
         return Request.of(prompts.INPUT.substitute(places=prompts.quote(places)), max_tokens=_ANSWER)
-    if not feature.promoted:
+    effects = feature.effects
+    if effects is not None:
+        raised, lowered = effects.raised, effects.lowered
+    elif feature.lens_holds:
+        raised, lowered = feature.promoted, feature.suppressed
+    else:
+        return None
+    if not raised:
         return None
     lists = {
-        name: prompts.quote([token for token, _ in getattr(feature, name)])
-        for name in ("promoted", "distinctive", "suppressed")
+        name: prompts.quote([token for token, _ in pairs])
+        for name, pairs in (("raised", raised), ("lowered", lowered))
     }
     return Request.of(prompts.OUTPUT.substitute(lists), max_tokens=_ANSWER)
 

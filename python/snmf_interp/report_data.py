@@ -2,7 +2,8 @@
 
 One object per layer::
 
-    {"layer": 8, "width": 1536, "tokens": 14760, "neurons_cut": "", "features": […], "overlap": {…}, "tree": null}
+    {"layer": 8, "width": 1536, "tokens": 14760, "mean_active": 82.1, "chance_precision": 0.2, "lens_agreement": 0.1,
+     "neurons_cut": "", "features": […], "overlap": {…}, "tree": null}
 
 and in it one per feature: the fields of :class:`snmf_interp.Feature` that the page shows, its labels, the histogram of
 its strengths, and its contexts, each as a list of token texts with ``at`` (which of them is the token), and ``shade``:
@@ -20,9 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .features import mean_active
+
 if TYPE_CHECKING:
     import snmf_kernels
 
+    from .effects import WordEffects
     from .features import Feature, TokenInContext
     from .labels import Label
     from .store import ActivationStore
@@ -98,19 +102,22 @@ def layer_data(
         rows.append(
             {
                 "index": feature.index,
+                "name": feature.name,
+                "named_by": feature.named_by,
                 "clarity": _short(feature.clarity),
                 "concept": feature.concept,
                 "precision": _short(feature.concept_precision),
                 "energy": _short(feature.energy),
-                "active": feature.n_active,
-                "active_share": _short(feature.active_share),
+                "firing": feature.n_firing,
+                "firing_share": _short(feature.firing_share),
+                "strong": feature.n_strong,
+                "strong_share": _short(feature.strong_share),
                 "n_neurons": feature.n_neurons,
                 "distinct": _short(feature.distinct_tokens),
                 "dead": feature.index in dead or not feature.tokens,
                 "words": feature.words[:12],
-                "distinctive": _pairs(feature.distinctive),
-                "promoted": _pairs(feature.promoted),
-                "suppressed": _pairs(feature.suppressed),
+                "effects": _effects(feature.effects),
+                "lens": _lens(feature),
                 "neurons": _neurons(Z[:, feature.index]),
                 "strengths": {
                     "max": _short(largest),
@@ -138,6 +145,9 @@ def layer_data(
         "layer": layer,
         "width": Z.shape[0],
         "tokens": strengths.values.shape[1],
+        "mean_active": _short(mean_active(factors)),
+        "chance_precision": _short(features[0].chance_precision),
+        "lens_agreement": features[0].lens_agreement,
         "neurons_cut": f"Of each feature its {_NEURONS} strongest neurons are in this page." if cut else "",
         "features": rows,
         "overlap": _overlap(Z, [feature.energy for feature in features]),
@@ -289,6 +299,26 @@ def _setting(steered: Mapping[str, Any]) -> str:
     strength, solved = steered["strength"], steered["solved"]
     name = str(steered["mode"]) if strength is None else f"{steered['mode']} {strength:+.3g}"
     return f"{name}, KL {solved['kl']:.2g}" if solved else name
+
+
+def _effects(effects: WordEffects | None) -> dict[str, Any] | None:
+    if effects is None:
+        return None
+    return {
+        "raised": _pairs(effects.raised),
+        "lowered": _pairs(effects.lowered),
+        "kl": _short(effects.kl),
+        "strength": _short(effects.strength),
+        "reached": effects.reached,
+        "lens_correlation": _short(effects.lens_correlation),
+    }
+
+
+def _lens(feature: Feature) -> dict[str, Any] | None:
+    """The logit lens, but where it is known not to tell what features of the layer do."""
+    if not feature.lens_holds:
+        return None
+    return {name: _pairs(getattr(feature, name)) for name in ("distinctive", "promoted", "suppressed")}
 
 
 def _pairs(pairs: Iterable[tuple[str, float]]) -> list[list[Any]]:

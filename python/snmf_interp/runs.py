@@ -4,6 +4,7 @@
     activations/                    see snmf_interp.store
     layer_6/factors.safetensors     snmf_kernels.Factorization
     layer_6/features.jsonl          one snmf_interp.Feature a line
+    layer_6/effects.safetensors     what features do to the next word, see snmf_interp.effects
     layer_6/labels/words.jsonl      one snmf_interp.Label a line, a file for each source, a manifest beside it
     words.json                      how often each word occurs in the texts
     tokens.json                     the text of each token that occurs
@@ -34,6 +35,7 @@ from . import files
 if TYPE_CHECKING:
     import snmf_kernels
 
+    from .effects import Effects, WordEffects
     from .features import Feature
     from .levels import Hierarchy
     from .models import LanguageModel
@@ -187,6 +189,8 @@ class Run:
         """
         import snmf_kernels
 
+        from .features import mean_active
+
         wanted = {"k": k, **options}
         todo = [layer for layer in layers if not self._has(layer, wanted, overwrite)]
         store = self.store() if todo else None
@@ -201,6 +205,7 @@ class Run:
             seconds = time.perf_counter() - started
             # Neither the record nor the descriptions and labels of old factors may outlive them.
             self.features_path(layer).unlink(missing_ok=True)
+            self.effects_path(layer).unlink(missing_ok=True)
             for made in (self.labels_folder(layer), self.core_folder(layer)):
                 if made.is_dir():
                     shutil.rmtree(made)
@@ -215,6 +220,7 @@ class Run:
                 "stop_reason": str(factors.stop_reason.value),
                 "relative_error": float(factors.relative_error),
                 "dead_features": [int(i) for i in factors.dead_features],
+                "mean_active": round(mean_active(factors), 2),
                 "backend": str(factors.backend),
                 "seconds": round(seconds, 2),
                 "versions": versions(),
@@ -237,6 +243,8 @@ class Run:
     def features(self, layer: int, model: LanguageModel | Callable[[], LanguageModel]) -> list[Feature]:
         """The features of a layer, read from features.jsonl, or described now and written there.
 
+        With the names that ``snmf label`` has given them, and with the effects that have been measured.
+
         Args:
             layer: a fitted layer.
             model: the model that the run was collected from, or what loads it; called only when it is needed.
@@ -245,16 +253,84 @@ class Run:
             FileNotFoundError: the layer is not factorised.
             ValueError: the model's weights are not those that the run was collected from.
         """
-        from .features import OutdatedFeaturesError, describe, read_features, write_features
+        from .effects import Effects
+        from .features import (
+            OutdatedFeaturesError,
+            describe,
+            read_features,
+            with_effects,
+            with_names,
+            write_features,
+        )
+        from .labels import read_sources
 
         path = self.features_path(layer)
+        features: list[Feature] | None = None
         if self.is_fitted(layer) and path.is_file():
             with contextlib.suppress(OutdatedFeaturesError):
-                return read_features(path)
+                features = read_features(path)
+        if features is None:
+            factors, loaded = self.factors(layer), self._checked(model)
+            features = describe(factors, self.store(), loaded, layer, corpus=self.words(loaded))
+            write_features(path, features)
+        features = with_names(features, read_sources(self.labels_folder(layer)))
+        if not self.effects_path(layer).is_file():
+            return features
+        effects, named, _ = Effects.load(self.effects_path(layer))
+        return with_effects(features, named, effects.agreement)
+
+    def effects(
+        self,
+        layer: int,
+        model: LanguageModel | Callable[[], LanguageModel],
+        indices: Sequence[int] | None = None,
+        *,
+        kl: float | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Effects:
+        """What features of a layer do to the next word, read from effects.safetensors, or measured now and kept there.
+
+        Features that were measured before are not measured again, unless at another divergence. From then on
+        :meth:`features` has them.
+
+        Args:
+            layer: a fitted layer.
+            model: as for :meth:`features`; called only where something is missing.
+            indices: which features; by default all.
+            kl: the divergence in nats; by default that of what is there, or 0.25.
+            progress: see :func:`snmf_interp.effects.measure_effects`.
+
+        Returns:
+            All effects of the layer that have been measured at this divergence.
+
+        Raises:
+            FileNotFoundError: the layer is not factorised.
+            ValueError: the model's weights are not those that the run was collected from, or an argument is out of
+                range.
+        """
+        from .effects import KL, Effects, measure_effects
+
+        path = self.effects_path(layer)
         factors = self.factors(layer)
-        features = describe(factors, self.store(), self._checked(model), layer)
-        write_features(path, features)
-        return features
+        there: Effects | None = None
+        named: dict[int, WordEffects] = {}
+        if path.is_file():
+            there, named, _ = Effects.load(path)
+            if kl is not None and there.target != kl:
+                there, named = None, {}
+        kl = kl or (KL if there is None else there.target)
+        wanted = range(factors.k) if indices is None else indices
+        done = set() if there is None else {*there.index.tolist(), *map(int, factors.dead_features)}
+        missing = [index for index in wanted if index not in done]
+        if there is not None and not missing:
+            return there
+        loaded = self._checked(model)
+        found = measure_effects(loaded, layer, factors, missing, kl=kl, progress=progress)
+        named |= {index: found.words(loaded, index) for index in found.index.tolist()}
+        if there is not None:
+            found = there.joined(found)
+        found.save(path, named, {"weights": self.config["model"]["weights"], "versions": versions()})
+        return found
 
     def words(self, model: LanguageModel | Callable[[], LanguageModel]) -> dict[str, int]:
         """How often each word occurs in the texts, read from words.json, or counted now and written there.
@@ -384,12 +460,24 @@ class Run:
         from .trees import describe_levels, read_descriptions, write_descriptions
 
         path = self._tree(layer) / "descriptions.json"
-        if path.is_file():
-            return read_descriptions(path)
-        hierarchy = Hierarchy.load(self._tree(layer) / "hierarchy.safetensors")
-        found = describe_levels(hierarchy, self.store(), self._checked(model), layer)
-        write_descriptions(path, found)
-        return found
+        found = read_descriptions(path) if path.is_file() else None
+        if found is None:
+            hierarchy = Hierarchy.load(self._tree(layer) / "hierarchy.safetensors")
+            loaded = self._checked(model)
+            found = describe_levels(hierarchy, self.store(), loaded, layer, corpus=self.words(loaded))
+            write_descriptions(path, found)
+        return found | self._described_features(layer)
+
+    def _described_features(self, layer: int) -> dict[Place, Description]:
+        """What is known of the layer's own features, where they are the finest level: labels and effects among it."""
+        from .trees import Description
+
+        base = files.read_versioned(self._tree(layer) / "manifest.json", 1)["options"]["base"]
+        if base is None or base != self._base_record(layer) or not self.features_path(layer).is_file():
+            return {}
+        return {
+            (0, feature.index): Description.of(feature) for feature in self.features(layer, self.load_model)
+        }
 
     def tree(self, layer: int) -> Tree | None:
         """The finished hierarchy of a layer, as ``snmf tree`` shows it by default; None where there is none.
@@ -408,9 +496,10 @@ class Run:
         if base is not None and base != self._base_record(layer):
             return None
         described = folder / "descriptions.json"
-        return build_tree(
-            Hierarchy.load(result), descriptions=read_descriptions(described) if described.is_file() else None
-        )
+        descriptions = read_descriptions(described) if described.is_file() else None
+        if descriptions is not None:
+            descriptions |= self._described_features(layer)
+        return build_tree(Hierarchy.load(result), descriptions=descriptions)
 
     def token_texts(self, model: LanguageModel | Callable[[], LanguageModel]) -> dict[int, str]:
         """The text of each token that occurs in the texts, but for special ones, by id.
@@ -454,9 +543,21 @@ class Run:
             trust_remote_code=trust_remote_code,
         )
 
+    def mean_active(self, layer: int) -> float:
+        """L0: how many features of a fitted layer fire on a token on average."""
+        from .features import mean_active
+
+        self._check_fitted(layer)
+        kept: float | None = self.config["layers"][str(layer)].get("mean_active")
+        return mean_active(self.factors(layer)) if kept is None else kept
+
     def features_path(self, layer: int) -> Path:
         """Where a layer's features are, once described."""
         return self.path / f"layer_{layer}" / "features.jsonl"
+
+    def effects_path(self, layer: int) -> Path:
+        """Where the measured effects of a layer's features are, once there are some."""
+        return self.path / f"layer_{layer}" / "effects.safetensors"
 
     def labels_folder(self, layer: int) -> Path:
         """Where a layer's labels are, once made."""

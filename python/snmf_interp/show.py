@@ -10,7 +10,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .features import visible
+from .effects import AGREES, KL
+from .features import STRONG, by_clarity, visible
+from .strengths import PROMPTS
 
 if TYPE_CHECKING:
     from .features import Feature, TokenInContext
@@ -18,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def clearest(features: Iterable[Feature], count: int) -> list[Feature]:
-    """The ``count`` features of highest clarity, at most one per concept, ties by lower index."""
+    """The ``count`` clearest features, at most one per concept, ties by lower index."""
     chosen: list[Feature] = []
     concepts: set[str] = set()
-    for feature in sorted(features, key=lambda f: (-f.clarity, f.index)):
+    for feature in sorted(features, key=by_clarity):
         if len(chosen) == count:
             break
         if feature.tokens and (feature.concept is None or feature.concept not in concepts):
@@ -31,7 +33,7 @@ def clearest(features: Iterable[Feature], count: int) -> list[Feature]:
 
 
 def feature_table(features: Sequence[Feature], width: int, *, marks: bool, contexts: int = 3) -> Table:
-    """One row per feature: its name, then its words, contexts and logit-lens words.
+    """One row per feature: its name, then its words, contexts and the words that it makes likelier.
 
     Args:
         features: what to show.
@@ -39,33 +41,91 @@ def feature_table(features: Sequence[Feature], width: int, *, marks: bool, conte
         marks: put ‹ › around the peak token, for output without bold type.
         contexts: how many.
     """
-    left = 22
+    left = 24
     room = width - left - 3
     table = Table(box=box.SIMPLE_HEAD, width=width, show_edge=False, pad_edge=False, header_style="bold")
     # Both widths are fixed, for Rich would squeeze the first column in favour of long lines in the second.
     table.add_column("feature", width=left)
     table.add_column(
-        "where it fires, and → what it makes likelier", width=room, no_wrap=True, overflow="ellipsis"
+        f"where it fires{_arrow_legend(features)}", width=room, no_wrap=True, overflow="ellipsis"
     )
     for feature in features:
-        name = Text.assemble((f"{feature.layer}/{feature.index}", "bold"))
+        head = Text.assemble((f"{feature.layer}/{feature.index}", "bold"), f"  {visible(feature.name)}\n")
         if feature.concept:
-            name.append(f"\n{visible(feature.concept).replace('_', ' ')}", style="bold cyan")
-            name.append(f"\nAP {feature.concept_precision:.2f}", style="dim")
-        name.append(f"\n{feature.active_share:.1%} of tokens", style="dim")
+            head.append(f"{visible(feature.concept).replace('_', ' ')}", style="bold cyan")
+            head.append(f"\nAP {feature.concept_precision:.2f} in sample\n", style="dim")
+        head.append(
+            f"on {feature.firing_share:.0%} of tokens,\nstrong on {feature.strong_share:.1%}\n", style="dim"
+        )
         lines = [Text(counted_words(feature), style="green", no_wrap=True, overflow="ellipsis")]
         lines += [context_line(token, room, marks=marks) for token in feature.tokens[:contexts]]
-        lines.append(_words_line("→ ", feature.distinctive))
-        table.add_row(name, Group(*lines, Text("")))
+        lines += likelier_lines(feature)
+        table.add_row(head, Group(*lines, Text("")))
     return table
+
+
+def table_notes(features: Sequence[Feature], mean_active: float) -> Text:
+    """What the numbers of :func:`feature_table` are, in a few sentences.
+
+    Args:
+        features: all that the table is of.
+        mean_active: L0 of the layer.
+    """
+    notes = [
+        f"L0: a token has {mean_active:.0f} of the layer's features on average. on: the share of tokens with a "
+        f"coefficient above 0; strong on: above {STRONG:.0%} of the feature's largest."
+    ]
+    chance = features[0].chance_precision if features else 0.0
+    if any(feature.concept for feature in features):
+        notes.append(
+            "AP: average precision of the label of the texts that the feature ranks best, on the texts that the fit "
+            f"saw; with shuffled labels the best feature of the layer has {chance:.2f}, below which no label is shown."
+        )
+    elif chance:
+        notes.append(
+            f"No label of the texts is ranked better than by chance (average precision {chance:.2f})."
+        )
+    measured = [feature.effects for feature in features if feature.effects is not None]
+    agreement = features[0].lens_agreement if features else None
+    if measured:
+        notes.append(
+            f"→: measured, with the feature added at a divergence of {KL:g} nats, behind {len(PROMPTS)} prompts; words "
+            "that rise above what random groups of neurons raise."
+        )
+    if len(measured) < len(features) and agreement is not None:
+        verdict = "tells" if agreement >= AGREES else "does not tell"
+        notes.append(
+            f"The logit lens {verdict} what features do in this layer: its rank correlation with measured effects is "
+            f"{agreement:.2f}{'' if agreement >= AGREES else ', so it is not shown; --effects measures all features'}."
+        )
+    elif len(measured) < len(features):
+        notes.append("lens →: words by the logit lens, which in early and middle layers is mostly wrong.")
+    return Text(" ".join(notes), style="dim")
+
+
+def _arrow_legend(features: Sequence[Feature]) -> str:
+    if any(feature.effects is not None for feature in features):
+        return ", and → what it makes likelier"
+    return ", and what the logit lens says" if any(map(_lens_shown, features)) else ""
+
+
+def _lens_shown(feature: Feature) -> bool:
+    return feature.effects is None and feature.lens_holds and bool(feature.distinctive)
+
+
+def likelier_lines(feature: Feature) -> list[Text]:
+    """What it makes likelier, on a line: measured, else by the logit lens where that holds, else nothing."""
+    if feature.effects is not None:
+        return [_words_line("→ ", feature.effects.raised)] if feature.effects.raised else []
+    return [_words_line("lens → ", feature.distinctive)] if _lens_shown(feature) else []
 
 
 def feature_page(feature: Feature, width: int, *, marks: bool, contexts: int = 15) -> Group:
     """Everything about one feature."""
     facts = Text(
-        f"active on {feature.n_active:,} tokens ({feature.active_share:.1%}) · "
-        f"{feature.energy:.1%} of the energy · {feature.n_neurons} neurons · "
-        f"{feature.distinct_tokens:.0%} distinct words",
+        f"fires on {feature.n_firing:,} tokens ({feature.firing_share:.1%}), strong on {feature.n_strong:,} "
+        f"({feature.strong_share:.1%}: above {STRONG:.0%} of its largest) · {feature.energy:.1%} of the energy · "
+        f"{feature.n_neurons} neurons · {feature.distinct_tokens:.0%} distinct words",
         style="dim",
     )
     neurons = ", ".join(f"{neuron} ({weight:+.2f})" for neuron, weight in feature.neurons[:12])
@@ -83,14 +143,39 @@ def feature_page(feature: Feature, width: int, *, marks: bool, contexts: int = 1
         Text("strongest tokens (strength, share of the token's features)", style="bold"),
         table,
         Text(),
-        Text("logit lens", style="bold"),
-        _words_line("stands out in  ", feature.distinctive),
-        _words_line("promotes       ", feature.promoted),
-        _words_line("suppresses     ", feature.suppressed),
+        *_effects(feature),
         Text(),
         Text("neurons (weight relative to ‖z‖)", style="bold"),
         Text(neurons),
     )
+
+
+def _effects(feature: Feature) -> list[Text]:
+    """Measured effects where there are some, and the logit lens with how far it is to be believed."""
+    lines: list[Text] = []
+    if (effects := feature.effects) is not None:
+        at = f"at {effects.kl:.2g} nats, strength {effects.strength:.3g}" + (
+            "" if effects.reached else ", the most there is"
+        )
+        lines += [
+            Text.assemble(("what it does to the next word", "bold"), (f"  measured {at}", "dim")),
+            _words_line("raises         ", effects.raised),
+            _words_line("lowers         ", effects.lowered),
+            Text(),
+        ]
+        trust = f"rank correlation with what was measured: {effects.lens_correlation:.2f}"
+    elif feature.lens_agreement is not None:
+        trust = f"rank correlation with measured effects in this layer: {feature.lens_agreement:.2f}"
+    else:
+        trust = "not compared with measured effects in this layer"
+    lines.append(Text.assemble(("logit lens", "bold"), (f"  {trust}", "dim")))
+    if effects is not None or feature.lens_holds:
+        lines += [
+            _words_line("promotes       ", feature.promoted),
+            _words_line("suppresses     ", feature.suppressed),
+            _words_line("unlike others  ", feature.distinctive),
+        ]
+    return lines
 
 
 def feature_head(feature: Feature) -> Group:
@@ -98,17 +183,18 @@ def feature_head(feature: Feature) -> Group:
     return Group(
         _title(feature),
         Text(counted_words(feature), style="green", no_wrap=True, overflow="ellipsis"),
-        _words_line("→ ", feature.distinctive),
+        *likelier_lines(feature),
     )
 
 
-def label_table(features: Sequence[Feature], labels: Iterable[Label], width: int) -> Table:
+def label_table(features: Sequence[Feature], labels: Iterable[Label], width: int, *, marks: bool) -> Table:
     """One row per feature: its place and the corpus's best label, and its labels from either side.
 
     Args:
         features: what to show.
         labels: of these and perhaps others; only sides that occur have a column.
         width: of the whole table in characters.
+        marks: put ? in front of labels that are not clear, for output without colours.
     """
     found = {(label.layer, label.index, label.side): label for label in labels}
     sides = [side for side in ("input", "output") if any(key[2] == side for key in found)]
@@ -123,11 +209,11 @@ def label_table(features: Sequence[Feature], labels: Iterable[Label], width: int
             name.append(f"\n{visible(feature.concept).replace('_', ' ')}", style="cyan")
             name.append(f" {feature.concept_precision:.2f}", style="dim")
         cells = [found.get((feature.layer, feature.index, side)) for side in sides]
-        table.add_row(name, *map(_label_text, cells))
+        table.add_row(name, *(_label_text(cell, marks=marks) for cell in cells))
     return table
 
 
-def _label_text(label: Label | None) -> Text:
+def _label_text(label: Label | None, *, marks: bool) -> Text:
     """Dim where it is not clear, red where it is missing."""
     if label is None:
         return Text()
@@ -135,7 +221,9 @@ def _label_text(label: Label | None) -> Text:
         return Text(f"missing: {visible(label.reason or '')}", style="red")
     if label.text is None:
         return Text("no clear concept", style="dim italic")
-    return Text(visible(label.text), style="" if label.clear else "dim")
+    if label.clear:
+        return Text(visible(label.text))
+    return Text(f"{'? ' if marks else ''}{visible(label.text)}", style="dim")
 
 
 def counted_words(feature: Feature) -> str:
@@ -166,10 +254,12 @@ def context_line(token: TokenInContext, width: int, *, marks: bool) -> Text:
 
 
 def _title(feature: Feature) -> Text:
-    title = Text.assemble((f"layer {feature.layer}, feature {feature.index}", "bold"))
+    title = Text.assemble(
+        (f"layer {feature.layer}, feature {feature.index}", "bold"), f"   {visible(feature.name)}"
+    )
     if feature.concept:
         title.append(f"   {visible(feature.concept).replace('_', ' ')}", style="bold cyan")
-        title.append(f"  (average precision {feature.concept_precision:.2f})", style="dim")
+        title.append(f"  (average precision {feature.concept_precision:.2f} in sample)", style="dim")
     return title
 
 
@@ -180,9 +270,13 @@ def _words_line(head: str, words: Sequence[tuple[str, float]]) -> Text:
 
 
 def feature_words(feature: Feature) -> Text:
-    """One line on what a feature stands for: its concept, if it has one, and the words that it fires on."""
+    """One line on what a feature stands for: its name, its concept, if it has one, and the words that it fires on."""
+    if not feature.tokens:
+        return Text("nowhere", style="dim", no_wrap=True, overflow="ellipsis")
     text = Text(no_wrap=True, overflow="ellipsis")
     if feature.concept:
         name = visible(feature.concept).replace("_", " ")
         text.append(f"{name} {feature.concept_precision:.2f}  ", style="bold cyan")
-    return text.append(counted_words(feature) or "nowhere", style="green" if feature.tokens else "dim")
+    return text.append(visible(feature.name), style="green").append(
+        f"  {counted_words(feature)}", style="dim"
+    )

@@ -183,12 +183,15 @@ def _summary(report: Stability, features: Sequence[Feature], layer: int) -> Text
     for pair in report.duplicates[:5]:
         text.append(f"                          {pair.first} and {pair.second}, cosine {pair.cosine:.2f}\n")
     if bool(often.any()) and not bool(often.all()):
-        clarity = [[f.clarity for f in features if bool(often[f.index]) is group] for group in (True, False)]
-        high, low = (sum(values) / len(values) for values in clarity)
-        what = "average precision" if any(f.concept for f in features) else "clarity"
+        groups = [[f for f in features if bool(often[f.index]) is group] for group in (True, False)]
+        if any(f.concept for f in features):
+            what = "concept above chance"
+            high, low = (f"{sum(f.concept is not None for f in group) / len(group):.0%}" for group in groups)
+        else:
+            what = "mean clarity"
+            high, low = (f"{sum(f.clarity for f in group) / len(group):.2f}" for group in groups)
         text.append(
-            f"mean {what:<20} {high:.2f} of the {len(clarity[0])} features that half of the others have, "
-            f"{low:.2f} of the rest\n"
+            f"{what:<25} {high} of the {len(groups[0])} features that half of the others have, {low} of the rest\n"
         )
     return text
 

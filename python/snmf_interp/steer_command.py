@@ -20,6 +20,7 @@ from .features import visible
 from .generation import Continuation, generate
 from .steering import Intervention, steer
 from .strengths import PROMPTS, Strength, solve_strengths
+from .words import is_function_word
 
 if TYPE_CHECKING:
     from .features import Feature
@@ -154,9 +155,12 @@ def run(
         "feature": request.feature,
         "vector": None if request.vector is None else str(request.vector),
         "neurons": neurons,
+        "name": None if feature is None else feature.name,
         "concept": None if feature is None else feature.concept,
         "words": None if feature is None else [word for word, _ in feature.words],
-        "distinctive": None if feature is None else [word for word, _ in feature.distinctive],
+        "raised": None
+        if feature is None or feature.effects is None
+        else [w for w, _ in feature.effects.raised],
         "generate": options,
         "kl_prompts": list(PROMPTS) if _targets(request) else None,
         "unsteered": _records(plain),
@@ -259,6 +263,9 @@ def _head(
             "\nKL(unsteered ‖ steered) of the next token in nats, mean over "
             f"{len(PROMPTS)} neutral prompts such as {PROMPTS[0]!r}"
         )
+    if _own_words(feature) is not None:
+        mark = "in colour" if screen.is_terminal else "in ‹ ›"
+        line += f"\n{mark}: words that the feature fires on, or raises where that was measured"
     screen.print(Text(line, style="dim"))
 
 
@@ -285,11 +292,13 @@ def _show(
 
 
 def _own_words(feature: Feature | None) -> re.Pattern[str] | None:
-    """What the feature fires on and makes likelier; short words are left out, for they are in every text."""
+    """What the feature fires on and, measured, makes likelier; function words are left out, as in every text."""
     if feature is None:
         return None
-    words = {word.strip() for word, _ in (*feature.words, *feature.distinctive)}
-    chosen = "|".join(re.escape(word) for word in sorted(words) if len(word) > 3 and word.isalpha())
+    raised = feature.effects.raised if feature.effects is not None else ()
+    words = {word.strip() for word, _ in (*feature.words, *raised)}
+    own = (word for word in sorted(words) if len(word) > 3 and word.isalpha() and not is_function_word(word))
+    chosen = "|".join(map(re.escape, own))
     return re.compile(rf"\b(?:{chosen})\b", re.IGNORECASE) if chosen else None
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from .features import Feature
     from .models import LanguageModel
     from .runs import Run
 
@@ -149,8 +150,36 @@ def counts(screen: Console, config: dict[str, Any]) -> None:
 def fitted(screen: Console, layer: int, record: dict[str, Any]) -> None:
     """One factorised layer, from its record."""
     dead = len(record["dead_features"])
+    # Runs of earlier versions do not say it.
+    active = f"; L0 {record['mean_active']:.0f}" if "mean_active" in record else ""
     what = (
         f"layer {layer}: {record['options']['k']} features, relative error {record['relative_error']:.3f} "
-        f"after {record['n_iter']} iterations{f', {dead} dead' if dead else ''}"
+        f"({record['relative_error']:.0%} of the energy unexplained) after {record['n_iter']} iterations"
+        f"{active}{f', {dead} dead' if dead else ''}"
     )
     done(screen, what, None if record["reused"] else record["seconds"])
+
+
+def with_effects_of(
+    run: Run,
+    layer: int,
+    load: Callable[[], LanguageModel],
+    choose: Callable[[list[Feature]], list[Feature]],
+) -> list[Feature]:
+    """All features of a layer, of which those that are chosen have measured effects; with a moving line meanwhile.
+
+    Args:
+        run: with the factorised layer.
+        layer: which.
+        load: loads the run's model; called only where something is missing.
+        choose: of the described features, those whose effects are wanted.
+    """
+    with waiting(f"describing the features of layer {layer}"):
+        features = run.features(layer, load)
+    wanted = [feature.index for feature in choose(features) if feature.effects is None]
+    if not wanted:
+        return features
+    what = f"layer {layer}: measuring what features do to the next word"
+    with waiting(what) as say:
+        run.effects(layer, load, wanted, progress=lambda done, total: say(f"{what}, {done} of {total}"))
+    return run.features(layer, load)

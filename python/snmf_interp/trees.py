@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from .store import ActivationStore
 
 _FORMAT = "snmf_interp.tree"
-# Words of a node that are shown in a terminal and in a drawing.
-_SHOWN = 4
+# Of what a description says; another's is written anew.
+_DESCRIBED = 2
 
 Place = tuple[int, int]
 
@@ -32,27 +32,34 @@ class Description:
     """What a node stands for.
 
     Attributes:
+        name: what it is called, see :attr:`snmf_interp.Feature.name`.
         words: the words around its strongest tokens, strongest first.
-        label: a name for it, if there is one, and how well it fits, 0 to 1.
-        score: see ``label``.
-        lens: the tokens that it makes likelier than other features do.
+        concept: the label of the texts that it ranks best, where it does so better than chance.
+        precision: the average precision with which it does, on the texts that the fit saw.
+        raised: the tokens that it makes likelier, measured; empty where that has not been done.
+        lens: the tokens that it makes likelier by the logit lens; empty where that disagrees with measured effects.
         contexts: its strongest tokens, strongest first, as text before, token, and text after.
     """
 
-    words: tuple[str, ...]
-    label: str | None = None
-    score: float | None = None
+    name: str
+    words: tuple[str, ...] = ()
+    concept: str | None = None
+    precision: float | None = None
+    raised: tuple[str, ...] = ()
     lens: tuple[str, ...] = ()
     contexts: tuple[tuple[str, str, str], ...] = ()
 
     @classmethod
     def of(cls, feature: Feature, contexts: int = 5) -> Description:
-        """From a described feature: its best concept is the label, the average precision the score."""
+        """From a described feature."""
+        effects = feature.effects
         return cls(
+            name=feature.name,
             words=tuple(word for word, _ in feature.words),
-            label=feature.concept,
-            score=feature.concept_precision if feature.concept is not None else None,
-            lens=tuple(word for word, _ in feature.distinctive),
+            concept=feature.concept,
+            precision=feature.concept_precision if feature.concept is not None else None,
+            raised=() if effects is None else tuple(word for word, _ in effects.raised),
+            lens=tuple(word for word, _ in feature.distinctive) if feature.lens_holds else (),
             contexts=tuple((token.before, token.token, token.after) for token in feature.tokens[:contexts]),
         )
 
@@ -130,7 +137,7 @@ class Tree:
         """JSON values: nodes and links in lists, shared children once."""
         return {
             "format": _FORMAT,
-            "version": 1,
+            "version": 2,
             "sizes": list(self.sizes),
             "threshold": self.threshold,
             "most": self.most,
@@ -153,9 +160,11 @@ class Tree:
             ("level", "int"),
             ("index", "int"),
             ("energy", "double"),
-            ("label", "string"),
-            ("score", "double"),
+            ("name", "string"),
             ("words", "string"),
+            ("concept", "string"),
+            ("precision", "double"),
+            ("raised", "string"),
             ("lens", "string"),
         ):
             _element(root, "key", id=name, **{"for": "node", "attr.name": name, "attr.type": kind})
@@ -181,9 +190,9 @@ class Tree:
         for node in self.nodes.values():
             label = [node.name]
             if node.description is not None:
-                if node.description.label:
-                    label.append(node.description.label)
-                label.append(", ".join(node.description.words[:_SHOWN]))
+                label.append(node.description.name)
+                if node.description.concept:
+                    label.append(node.description.concept)
             text = "\\n".join(_quotable(line) for line in label)
             lines.append(f'  "{node.name}" [label="{text}"];')
         strongest = {
@@ -218,12 +227,10 @@ class Tree:
             if weight is not None:
                 line.append(f" {weight:.0%}", style="dim")
             if node.description is not None:
-                if node.description.label:
-                    line.append(f"  {visible(node.description.label).replace('_', ' ')}", style="cyan")
-                    if node.description.score is not None:
-                        line.append(f" {node.description.score:.2f}", style="dim")
-                words = ", ".join(visible(word) or "␣" for word in node.description.words[:_SHOWN])
-                line.append(f"  {words}", style="green")
+                line.append(f"  {visible(node.description.name)}", style="green")
+                if node.description.concept:
+                    line.append(f"  {visible(node.description.concept).replace('_', ' ')}", style="cyan")
+                    line.append(f" {node.description.precision:.2f}", style="dim")
             if place in shown:
                 branch.add(line)
                 return
@@ -343,22 +350,26 @@ def write_descriptions(path: Path, descriptions: Mapping[Place, Description]) ->
         {"level": level, "index": index} | _described(description)
         for (level, index), description in descriptions.items()
     ]
-    files.write_json(path, {"format": 1, "descriptions": rows})
+    files.write_json(path, {"format": _DESCRIBED, "descriptions": rows})
 
 
-def read_descriptions(path: Path) -> dict[Place, Description]:
-    """Read what :func:`write_descriptions` wrote.
+def read_descriptions(path: Path) -> dict[Place, Description] | None:
+    """Read what :func:`write_descriptions` wrote; None where another version did, whose words are not these.
 
     Raises:
-        ValueError: the file is damaged, or of another format.
+        ValueError: the file is damaged.
     """
-    content = files.read_versioned(path, 1)
+    content = files.read_json(path)
+    if content.get("format") != _DESCRIBED:
+        return None
     try:
         return {
             (row["level"], row["index"]): Description(
+                row["name"],
                 tuple(row["words"]),
-                row["label"],
-                row["score"],
+                row["concept"],
+                row["precision"],
+                tuple(row["raised"]),
                 tuple(row["lens"]),
                 tuple((before, token, after) for before, token, after in row["contexts"]),
             )
@@ -372,9 +383,11 @@ def _described(description: Description | None) -> dict[str, Any]:
     if description is None:
         return {}
     return {
-        "label": description.label,
-        "score": description.score,
+        "name": description.name,
         "words": list(description.words),
+        "concept": description.concept,
+        "precision": description.precision,
+        "raised": list(description.raised),
         "lens": list(description.lens),
         "contexts": [list(context) for context in description.contexts],
     }

@@ -31,8 +31,10 @@ class Measured(NamedTuple):
 
     Attributes:
         kl: divergence from the unsteered model, ``[r]`` float64 nats.
-        shifts: of each word the change of its logit, less the mean change of its controls', ``[r, words]`` float64.
-        log_probability: of each word the change of its log-probability, ``[r, words]`` float64 nats.
+        shifts: the change of what the meter watches, ``[r, watched]`` float64: of each word its logit less the mean of
+            its controls', or of each token its logit less the mean over the vocabulary.
+        log_probability: of each word the change of its log-probability, ``[r, words]`` float64 nats; ``[r, 0]`` of a
+            meter that watches no words.
     """
 
     kl: Tensor
@@ -40,37 +42,28 @@ class Measured(NamedTuple):
     log_probability: Tensor
 
 
-class WordMeter:
-    """Divergence from the unsteered model and changes of word logits, averaged over fixed prompts.
+class NextTokenMeter:
+    """Divergence from the unsteered model, and changes of logits, at the token behind fixed prompts.
+
+    What is watched is up to the subclass: :meth:`_watched` and :meth:`_log_probabilities`.
 
     Args:
         model, layer: what is steered.
         prompts: texts, each behind the start token.
-        words: the words to watch, each a single token behind a space.
-        controls: of each word the words that its logit is compared with.
         batch_size: rows in a forward pass.
 
+    Attributes:
+        typical_norm: the median norm of the layer's activations on the prompts.
+
     Raises:
-        ValueError: no prompt, a prompt without a token, a word that is not a single token, or one without controls.
+        ValueError: no prompt, or a prompt without a token.
     """
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        layer: int,
-        prompts: Sequence[str],
-        words: Sequence[str],
-        controls: Mapping[str, Sequence[str]],
-        batch_size: int = 64,
-    ) -> None:
+    def __init__(self, model: LanguageModel, layer: int, prompts: Sequence[str], batch_size: int) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
-        if lacking := [word for word in words if not controls.get(word)]:
-            raise ValueError(f"controls: wanted at least one word for each word, got none for {lacking[0]!r}")
         self.model, self.layer, self.batch_size = model, layer, batch_size
         self.ids, self.mask, own = encode_prompts(model, prompts)
-        self.words = torch.tensor([word_token(model, word) for word in words])
-        self.controls = [torch.tensor([word_token(model, other) for other in controls[w]]) for w in words]
         with hooks.capture(model, [layer]) as captured:
             logits = self._logits(torch.arange(len(self.ids)), None, None)
         norms = captured[layer].float().norm(dim=-1).reshape(len(self.ids), -1).cpu()
@@ -78,11 +71,18 @@ class WordMeter:
         self.references = logits.log_softmax(-1)
         self.probabilities = self.references.exp()
         self.negative_entropy = torch.special.xlogy(self.probabilities, self.probabilities).sum(-1)
-        self.before = self._relative(logits)
-        self.log_probability = self.references[:, self.words].mean(0)
+        self.before = self._watched(logits)
+
+    def _watched(self, logits: Tensor) -> Tensor:
+        """What is made of logits ``[b, vocabulary]``, ``[b, watched]``: its change is the shift."""
+        raise NotImplementedError
+
+    def _rise(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """The change of the log-probabilities that are measured beside it, ``[b, words]``; by default of none."""
+        return logits[:, :0]
 
     def measure(self, directions: Tensor, strengths: Tensor) -> Measured:
-        """What the model does under each direction at its strength.
+        """What the model does under each direction at its strength, averaged over the prompts.
 
         Args:
             directions: ``[r, d_mlp]``.
@@ -93,18 +93,18 @@ class WordMeter:
         order = self.mask.sum(1).argsort(stable=True)
         prompt_of, row_of = order.repeat_interleave(count), torch.arange(count).repeat(n_prompts)
         kl = torch.zeros(count, dtype=torch.float64)
-        shifts = torch.zeros(count, len(self.words), dtype=torch.float64)
-        log_probability = torch.zeros_like(shifts)
+        shifts = torch.zeros(count, self.before.shape[1], dtype=torch.float64)
+        log_probability = torch.zeros(
+            count, self._rise(self.references, torch.arange(n_prompts)).shape[1]
+        ).double()
         for prompts, rows in zip(
             prompt_of.split(self.batch_size), row_of.split(self.batch_size), strict=True
         ):
             logits = self._logits(prompts, directions[rows], strengths[rows])
             kl.index_add_(0, rows, self._divergence(logits, prompts) / n_prompts)
-            change = self._relative(logits) - self.before[prompts]
+            change = self._watched(logits) - self.before[prompts]
             shifts.index_add_(0, rows, change.double() / n_prompts)
-            rise = logits[:, self.words] - logits.logsumexp(-1, keepdim=True)
-            rise -= self.references[prompts][:, self.words]
-            log_probability.index_add_(0, rows, rise.double() / n_prompts)
+            log_probability.index_add_(0, rows, self._rise(logits, prompts).double() / n_prompts)
         return Measured(kl, shifts, log_probability)
 
     def _logits(self, prompts: Tensor, directions: Tensor | None, strengths: Tensor | None) -> Tensor:
@@ -129,10 +129,56 @@ class WordMeter:
         values = self.negative_entropy[prompts] - expected + logits.logsumexp(-1)
         return values.double().clamp_min(0)
 
-    def _relative(self, logits: Tensor) -> Tensor:
+
+class WordMeter(NextTokenMeter):
+    """Watches words: shifts are changes of their logits less the mean change of their controls'.
+
+    Args:
+        model, layer, prompts, batch_size: see :class:`NextTokenMeter`.
+        words: the words to watch, each a single token behind a space.
+        controls: of each word the words that its logit is compared with.
+
+    Attributes:
+        log_probability: of each word behind the prompts without steering, averaged, ``[words]``.
+
+    Raises:
+        ValueError: no prompt, a prompt without a token, a word that is not a single token, or one without controls.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        layer: int,
+        prompts: Sequence[str],
+        words: Sequence[str],
+        controls: Mapping[str, Sequence[str]],
+        batch_size: int = 64,
+    ) -> None:
+        if lacking := [word for word in words if not controls.get(word)]:
+            raise ValueError(f"controls: wanted at least one word for each word, got none for {lacking[0]!r}")
+        self.words = torch.tensor([word_token(model, word) for word in words])
+        self.controls = [torch.tensor([word_token(model, other) for other in controls[w]]) for w in words]
+        super().__init__(model, layer, prompts, batch_size)
+        self.log_probability = self.references[:, self.words].mean(0)
+
+    def _watched(self, logits: Tensor) -> Tensor:
         """The logit of each word less the mean of its controls', ``[b, words]``."""
         means = torch.stack([logits[:, ids].mean(1) for ids in self.controls], 1)
         return logits[:, self.words] - means
+
+    def _rise(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        rise = logits[:, self.words] - logits.logsumexp(-1, keepdim=True)
+        return rise - self.references[prompts][:, self.words]
+
+
+class VocabularyMeter(NextTokenMeter):
+    """Watches every token: shifts are changes of logits less the mean change over the vocabulary.
+
+    A constant added to all logits changes no prediction.
+    """
+
+    def _watched(self, logits: Tensor) -> Tensor:
+        return logits - logits.mean(-1, keepdim=True)
 
 
 def word_token(model: LanguageModel, word: str) -> int:
@@ -229,7 +275,7 @@ class Solved(NamedTuple):
 
 
 def solve_each(
-    meter: WordMeter, directions: Sequence[Tensor], targets: Sequence[float], tolerance: float = 0.02
+    meter: NextTokenMeter, directions: Sequence[Tensor], targets: Sequence[float], tolerance: float = 0.02
 ) -> list[list[Solved]]:
     """Of each direction the positive strength that reaches each divergence, many directions in a forward pass.
 
@@ -247,7 +293,7 @@ def solve_each(
     limit = LAST * meter.typical_norm
     first = min(FIRST * meter.typical_norm, limit)
     searches = [Search(targets, first, limit, tolerance) for _ in directions]
-    silent = torch.zeros(len(meter.words), dtype=torch.float64)
+    silent = torch.zeros(meter.before.shape[1], dtype=torch.float64)
     seen = [{0.0: (silent, silent)} for _ in directions]
     while wanted := [(i, alpha) for i, search in enumerate(searches) for alpha in search.proposals()]:
         rows = torch.stack([directions[i] for i, _ in wanted])
@@ -269,13 +315,15 @@ class Steered:
     """Many directions at about one divergence.
 
     Attributes:
+        strength: of the nearest measurement, ``[r]``.
         kl: the divergence of the nearest measurement, ``[r]`` float64.
         reached: whether the wanted divergence was passed, or missed by less than a tenth, ``[r]``.
-        shifts: the words' shifts, interpolated to the wanted divergence, ``[r, words]``; where it was not reached,
+        shifts: the meter's shifts, interpolated to the wanted divergence, ``[r, watched]``; where it was not reached,
             those at the nearest measurement.
         typical_error: the median of ``|kl / wanted − 1|`` among those reached; None if none was.
     """
 
+    strength: Tensor
     kl: Tensor
     reached: Tensor
     shifts: Tensor
@@ -287,7 +335,7 @@ class Steered:
         return float(self.reached.double().mean())
 
 
-def steer_to(meter: WordMeter, directions: Tensor, kl: float, start: float) -> Steered:
+def steer_to(meter: NextTokenMeter, directions: Tensor, kl: float, start: float) -> Steered:
     """Many directions at about the same divergence, in few forward passes.
 
     All begin at ``start``; then each goes by false position on the root of its divergence, which is linear in the
@@ -297,7 +345,7 @@ def steer_to(meter: WordMeter, directions: Tensor, kl: float, start: float) -> S
     alphas = torch.full((count,), start)
     roots = [torch.zeros(count, dtype=torch.float64)]
     strengths = [torch.zeros(count)]
-    shifts = [torch.zeros(count, len(meter.words), dtype=torch.float64)]
+    shifts = [torch.zeros(count, meter.before.shape[1], dtype=torch.float64)]
     open_rows = torch.arange(count)
     for _ in range(_PASSES):
         divergence, change, _ = meter.measure(directions[open_rows], alphas[open_rows])
@@ -312,7 +360,7 @@ def steer_to(meter: WordMeter, directions: Tensor, kl: float, start: float) -> S
         if not len(open_rows):
             break
         alphas = _next(torch.stack(strengths), torch.stack(roots), goal)
-    return _interpolated(torch.stack(roots), torch.stack(shifts), goal)
+    return _interpolated(torch.stack(strengths), torch.stack(roots), torch.stack(shifts), goal)
 
 
 def _next(strengths: Tensor, roots: Tensor, goal: float) -> Tensor:
@@ -335,8 +383,8 @@ def _next(strengths: Tensor, roots: Tensor, goal: float) -> Tensor:
     return torch.where(bracketed, inside, beyond.clamp(last / _STEP, last * _STEP))
 
 
-def _interpolated(roots: Tensor, shifts: Tensor, goal: float) -> Steered:
-    """From measurements ``[passes, r]`` and ``[passes, r, words]``, the unsteered one first, to root ``goal``."""
+def _interpolated(strengths: Tensor, roots: Tensor, shifts: Tensor, goal: float) -> Steered:
+    """From measurements ``[passes, r]`` and ``[passes, r, watched]``, the unsteered one first, to root ``goal``."""
     below = torch.where(roots <= goal, roots, -math.inf)
     above = torch.where(roots >= goal, roots, math.inf)
     low, low_at = below.max(0)
@@ -353,7 +401,7 @@ def _interpolated(roots: Tensor, shifts: Tensor, goal: float) -> Steered:
     reached = bracketed | (nearest <= _NEAR)
     found = torch.where(bracketed[:, None], between, torch.where(reached[:, None], scaled, last))
     error = float(nearest[reached].median()) if bool(reached.any()) else None
-    return Steered(roots[nearest_at, rows].square(), reached, found, error)
+    return Steered(strengths[nearest_at, rows], roots[nearest_at, rows].square(), reached, found, error)
 
 
 def _is_token(model: LanguageModel, word: str, token: int) -> bool:

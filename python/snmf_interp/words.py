@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -140,14 +140,21 @@ def input_words(feature: Feature, corpus: Mapping[str, float], *, count: int = 5
     Returns:
         Words of tokens first, then of contexts, by falling z, ties by spelling. Empty if none stands out.
     """
-    if not feature.tokens:
+    return context_words(feature.tokens, corpus, count=count)
+
+
+def context_words(
+    tokens: Sequence[TokenInContext], corpus: Mapping[str, float], *, count: int = 5
+) -> list[Word]:
+    """:func:`input_words` of tokens in context."""
+    if not tokens:
         return []
     peaks: dict[str, float] = {}
     near: Counter[str] = Counter()
     texts: Counter[str] = Counter()
     spellings: dict[str, Counter[str]] = {}
-    mean = sum(token.strength for token in feature.tokens) / len(feature.tokens)
-    for token in feature.tokens:
+    mean = sum(token.strength for token in tokens) / len(tokens)
+    for token in tokens:
         at, around = _words_of(token)
         for word in at:
             peaks[word.casefold()] = peaks.get(word.casefold(), 0.0) + token.strength / mean
@@ -166,7 +173,7 @@ def input_words(feature: Feature, corpus: Mapping[str, float], *, count: int = 5
     around_them = [
         word
         for key, z in z_near.items()
-        if key not in peaks and texts[key] > 1 and not is_function_word(key)
+        if key not in peaks and len(key) > 1 and texts[key] > 1 and not is_function_word(key)
         for word in listed(key, z, False)
     ]
     content = [word for word in at_peaks if not is_function_word(word.text)]
@@ -177,19 +184,21 @@ def input_words(feature: Feature, corpus: Mapping[str, float], *, count: int = 5
 
 
 def output_words(feature: Feature, corpus: Mapping[str, float], *, count: int = 5) -> list[Word]:
-    """The readable words among those that a feature promotes more than others do, most unusual first.
+    """The readable words among those that a feature makes likelier, most unusual first.
 
-    Vocabularies hold many pieces of words: a token is taken for a word if it begins with a space or the corpus
-    has it as one. Variants that differ in case or space count once. The z is that of ``Feature.distinctive``;
-    ``promoted`` stands in for it in a layer of one or two features, where nothing stands out.
+    Of its measured effects, with the change of their logits, where there are some; else of the logit lens where that
+    holds (:attr:`Feature.lens_holds`), with the z of ``Feature.distinctive`` (``promoted`` stands in for it in a layer
+    of one or two features, where nothing stands out). Vocabularies hold many pieces of words: a token is taken for a
+    word if it begins with a space or the corpus has it as one. Variants that differ in case or space count once.
     """
     words: dict[str, Word] = {}
-    for token, z in feature.distinctive or feature.promoted:
+    lens = (feature.distinctive or feature.promoted) if feature.lens_holds else ()
+    for token, value in feature.effects.raised if feature.effects else lens:
         text = token.strip()
         key = text.casefold()
         whole = token[:1].isspace() or key in corpus
         if text.isalpha() and len(text.encode()) > 2 and whole and not is_function_word(key):
-            words.setdefault(key, Word(text, z, False))
+            words.setdefault(key, Word(text, value, False))
     return list(words.values())[:count]
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from snmf_interp import ActivationStore, LanguageModel, Sample, collect, describe
+from snmf_interp import ActivationStore, LanguageModel, Sample, collect, describe, features
 from snmf_interp.concepts import average_precision, chance_precision, text_maxima, text_scores
-from snmf_interp.features import read_features, visible, write_features
+from snmf_interp.features import mean_active, read_features, visible, with_names, write_features
+from snmf_interp.labels import Label
+from snmf_interp.words import Word
 
 from .conftest import VOCABULARY
 
@@ -24,6 +26,7 @@ class Factors:
 
     Z: torch.Tensor
     Y: torch.Tensor
+    neuron_scale: torch.Tensor | None = None
 
 
 @pytest.fixture
@@ -63,7 +66,7 @@ def planted(make_model: Maker, store: ActivationStore) -> tuple[LanguageModel, F
 
 def test_planted_feature(planted: tuple[LanguageModel, Factors], store: ActivationStore) -> None:
     model, factors = planted
-    monday, red, dead = describe(factors, store, model, 1, n_words=3, active_threshold=0.4)
+    monday, red, dead = describe(factors, store, model, 1, n_words=3)
     assert [t.token.strip() for t in monday.tokens] == ["Monday", "Monday", "Tuesday"]
     # strength is y · ‖z‖, and ‖z‖ is 5.
     assert [t.strength for t in monday.tokens] == pytest.approx([15.0, 12.5, 5.0])
@@ -77,9 +80,16 @@ def test_planted_feature(planted: tuple[LanguageModel, Factors], store: Activati
     assert monday.suppressed[0][0].strip() == "cat"
     # Two live features cannot stand out from each other.
     assert monday.distinctive == ()
-    # 1 does not exceed 0.4 of 3.
-    assert monday.n_active == 2
-    assert monday.active_share == pytest.approx(2 / len(store.tokens(1)))
+    n = len(store.tokens(1))
+    assert (monday.n_firing, monday.n_strong) == (3, 3)
+    # It fires on the cat, at less than a tenth of its coefficient on red, where it is strong.
+    n_cat, n_red = (int((store.tokens(1) == token).sum()) for token in (CAT, RED))
+    assert (red.n_firing, red.n_strong) == (n_cat + n_red, n_red)
+    assert (red.firing_share, red.strong_share) == (
+        pytest.approx((n_cat + n_red) / n), pytest.approx(n_red / n)
+    )  # fmt: skip
+    assert (dead.n_firing, dead.n_strong) == (0, 0)
+    assert mean_active(factors) == pytest.approx((3 + n_cat + n_red) / n)  # type: ignore[arg-type]
     assert monday.distinct_tokens == pytest.approx(2 / 3)
     total = 25 * (9 + 6.25 + 1) + 4 * (2 * 0.25 + 4e-6)
     assert monday.energy == pytest.approx(25 * 16.25 / total, rel=1e-4)
@@ -88,7 +98,7 @@ def test_planted_feature(planted: tuple[LanguageModel, Factors], store: Activati
 
 
 def test_distinctive_words(make_model: Maker, store: ActivationStore) -> None:
-    """A token that every feature promotes is no feature's distinctive token, though it tops every list."""
+    """A token that every direction promotes is no feature's own, neither beside the others nor beside random groups."""
     model = make_model()
     friday, red, cat, common = (VOCABULARY.index(word) for word in ("Friday", "red", "cat", "the"))
     with torch.no_grad():
@@ -101,33 +111,86 @@ def test_distinctive_words(make_model: Maker, store: ActivationStore) -> None:
         model.model.lm_head.weight[common, :3] = 5
     Z = torch.zeros(24, 3)
     Z[[0, 1, 2], [0, 1, 2]] = 1
-    features = describe(Factors(Z, torch.rand(3, len(store.tokens(1)))), store, model, 1, n_words=2)
-    assert [feature.promoted[0][0].strip() for feature in features] == ["the"] * 3
-    assert [feature.distinctive[0][0].strip() for feature in features] == ["Friday", "red", "cat"]
+    found = describe(Factors(Z, torch.rand(3, len(store.tokens(1)))), store, model, 1, n_words=2)
+    assert [feature.distinctive[0][0].strip() for feature in found] == ["Friday", "red", "cat"]
     assert (
         describe(Factors(Z, torch.rand(3, len(store.tokens(1)))), store, model, 1, indices=[1], n_words=2)[
             0
         ].distinctive
-        == features[1].distinctive
+        == found[1].distinctive
     )
 
 
 def test_concept(planted: tuple[LanguageModel, Factors], store: ActivationStore) -> None:
     model, factors = planted
-    monday, red, _ = describe(factors, store, model, 1)
+    monday, *_ = describe(factors, store, model, 1)
     assert monday.concept == "days"
     # Three of the four texts come first (3, 2.5, 1); the fourth, with 0, ties with the other eight.
     assert monday.concept_precision == pytest.approx((3 + 4 / 12) / 4)
-    assert monday.clarity == monday.concept_precision
-    assert red.concept == "colours"
+    assert monday.clarity == monday.concept_precision > monday.chance_precision > 0
+
+
+def test_no_concept_below_chance(make_model: Maker, samples: list[Sample], store: ActivationStore) -> None:
+    """Features that have nothing to do with the labels have none, and are ordered by their words."""
+    model, n = make_model(), len(store.tokens(1))
+    generator = torch.Generator().manual_seed(2)
+    factors = Factors(torch.rand(24, 6, generator=generator), torch.rand(6, n, generator=generator))
+    for feature in describe(factors, store, model, 1):
+        assert (feature.concept, feature.concept_precision) == (None, 0.0)
+        assert feature.chance_precision > 0.4
+        assert feature.clarity == feature.word_clarity
+
+
+@pytest.mark.parametrize("label", ["x", None])
+def test_labels_that_say_nothing(
+    planted: tuple[LanguageModel, Factors], samples: list[Sample], label: str | None
+) -> None:
+    """One for all texts, or one for each: every feature has an average precision of 1, and so has chance."""
+    model, factors = planted
+    relabelled = [replace(sample, label=label or f"text {i}") for i, sample in enumerate(samples)]
+    store = collect(model, relabelled, 1, sink_threshold=None)
+    for feature in describe(factors, store, model, 1):
+        assert (feature.concept, feature.concept_precision, feature.chance_precision) == (None, 0.0, 1.0)
 
 
 def test_clarity_without_labels(planted: tuple[LanguageModel, Factors], samples: list[Sample]) -> None:
     model, factors = planted
     store = collect(model, [replace(sample, label=None) for sample in samples], 1, sink_threshold=None)
     monday = describe(factors, store, model, 1)[0]
-    assert monday.concept is None
-    assert monday.clarity == pytest.approx((15 + 12.5) / 32.5)
+    assert (monday.concept, monday.chance_precision) == (None, 0.0)
+    assert monday.clarity == monday.word_clarity
+
+
+def word(text: str, z: float) -> Word:
+    return Word(text, z, True)
+
+
+def test_clarity_wants_several_content_words() -> None:
+    """Function words and marks say nothing; a second and third word must stand out too."""
+    assert features._word_clarity([word("the", 9.0), word(".", 9.0), word("of", 5.0)]) == 0
+    one, three = [word("wasp", 6.0)], [word("wasp", 6.0), word("bee", 6.0), word("ant", 6.0)]
+    assert features._word_clarity(three) == pytest.approx(6 / (6 + 3.5))
+    assert features._word_clarity(one) == pytest.approx(2 / (2 + 3.5))
+    assert features._word_clarity([*three, word("the", 20.0)]) == features._word_clarity(three)
+    assert features._word_clarity([]) == 0
+
+
+def test_names(planted: tuple[LanguageModel, Factors], store: ActivationStore) -> None:
+    """Words that stand out, without stop words; else content words of the tokens; else the tokens as such."""
+    token = describe(planted[1], store, planted[0], 1)[0].tokens[0]
+    tokens = [replace(token, before="", token=text, after="") for text in (" the", " wasp", " of")]
+    assert features._name(tokens, [word("the", 9.0), word("bee", 5.0)]) == "bee"
+    assert features._name(tokens, []) == "wasp"
+    assert features._name(tokens[::2], [word("the", 9.0)]) == "‹the› ‹of›"
+    named = describe(planted[1], store, planted[0], 1)
+    label = Label(1, 0, "input", "days of the week", True, "judge")
+    for useless in (
+        replace(label, source="words"), replace(label, side="output"), replace(label, text=None, clear=False)
+    ):  # fmt: skip
+        assert with_names(named, [useless]) == named
+    first, *rest = with_names(named, [label])
+    assert (first.name, first.named_by) == ("days of the week", "judge")
+    assert rest == named[1:]
 
 
 def test_one_per_text(make_model: Maker) -> None:
@@ -172,10 +235,10 @@ def test_wrong_factors(planted: tuple[LanguageModel, Factors], store: Activation
 
 def test_file(planted: tuple[LanguageModel, Factors], store: ActivationStore, tmp_path: Path) -> None:
     model, factors = planted
-    features = describe(factors, store, model, 1)
+    described = describe(factors, store, model, 1)
     path = tmp_path / "features.jsonl"
-    write_features(path, features)
-    assert read_features(path) == features
+    write_features(path, described)
+    assert read_features(path) == described
     assert json.loads(path.read_text().split("\n")[0])["tokens"][0]["token"].strip() == "Monday"
     path.write_text(path.read_text()[:-20])
     with pytest.raises(ValueError, match=r"features\.jsonl is damaged"):
@@ -227,7 +290,11 @@ class TestAveragePrecision:
             [torch.tensor([float(label == other) for label in labels]) for other in "abcdefgh"]
         )
         assert average_precision(scores, labels)[1].diagonal().tolist() == [1.0] * 8
-        assert float(chance_precision(scores, labels).max()) < 0.5
+        chance = chance_precision(scores, labels)
+        assert 1 / 8 < chance < 0.5
+        # The same on every call, and of more features higher.
+        assert chance_precision(scores, labels) == chance
+        assert chance_precision(scores[:1], labels) < chance
 
     def test_text_scores(self) -> None:
         Y = torch.tensor([[1.0, 5.0, 2.0]])

@@ -51,7 +51,7 @@ def test_endpoint_and_resume(fitted: Path) -> None:  # noqa: F811
     broken = True
 
     def answer(body: dict[str, Any], _earlier: int) -> Reply:
-        if "<likeliest>" in body["messages"][0]["content"]:
+        if "<likelier>" in body["messages"][0]["content"]:
             return completion('{"label": null}')
         if broken:
             return 400, {}, {"error": {"message": "too long"}}

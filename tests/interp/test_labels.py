@@ -11,6 +11,7 @@ import pytest
 
 from snmf_interp import prompts
 from snmf_interp.answers import Answer, Request
+from snmf_interp.effects import WordEffects
 from snmf_interp.features import Feature, TokenInContext
 from snmf_interp.labels import (
     Label,
@@ -46,8 +47,9 @@ def token(before: str, text: str, after: str, strength: float = 1.0, **fields: A
 
 def feature(tokens: Sequence[TokenInContext], index: int = 0, **fields: Any) -> Feature:
     values: dict[str, Any] = {
-        "promoted": (), "suppressed": (), "distinctive": (), "neurons": (), "n_neurons": 1, "n_active": 1,
-        "active_share": 0.1, "energy": 0.1, "distinct_tokens": 1.0, "concept": None, "concept_precision": 0.0,
+        "promoted": (), "suppressed": (), "distinctive": (), "neurons": (), "n_neurons": 1, "n_firing": 2,
+        "firing_share": 0.2, "n_strong": 1, "strong_share": 0.1, "energy": 0.1, "distinct_tokens": 1.0, "name": "x",
+        "named_by": "words", "concept": None, "concept_precision": 0.0, "chance_precision": 0.0, "word_clarity": 0.5,
         "clarity": 0.5,
     }  # fmt: skip
     return Feature(layer=3, index=index, tokens=tuple(tokens), **{**values, **fields})
@@ -218,6 +220,17 @@ class TestWords:
             [feature([], distinctive=lists)], sides=["output"], corpus=count_words(CORPUS)
         )
         assert (label.text, label.clear) == ("Monday, dog, rain", False)
+        # What was measured comes before the lens, which says nothing where it disagrees with measurements.
+        effects = WordEffects(((" wasp", 0.7), (" of", 0.6)), (), 1.0, 0.25, True, 0.05)
+        measured = feature([], distinctive=lists, effects=effects, lens_agreement=0.05)
+        assert [(w.text, w.z) for w in output_words(measured, count_words(CORPUS))] == [("wasp", 0.7)]
+        wrong = feature([], distinctive=lists, lens_agreement=0.05)
+        assert output_words(wrong, count_words(CORPUS)) == []
+        assert question(wrong, "output") is None
+        request = question(measured, "output")
+        assert request is not None
+        assert "wasp" in request.messages[0][1]
+        assert "Monday" not in request.messages[0][1]
 
     def test_dead_feature_has_no_label(self) -> None:
         for label in label_features([feature([])]):
@@ -232,7 +245,7 @@ class TestModel:
             text = request.messages[0][1]
             if "dead" in text:
                 return Answer(None, "time-out")
-            if "likeliest" in text:
+            if "<likelier>" in text:
                 return Answer('{"label": null}')
             return Answer('Here: {"label": " Days of\\nthe week. "}')
 

@@ -194,7 +194,7 @@ def test_text_is_no_markup(run: Path) -> None:
     path = Run.open(run).features_path(1)
     if days is None:
         days = 0
-        path.write_text(path.read_text().replace('"concept": "', '"concept": "[red]days-', 1))
+        path.write_text(path.read_text().replace('"concept": null', '"concept": "[red]days-"', 1))
     assert "[red]days" in shown("overlap", run, days, (days + 1) % 4, "--layer", 1)
     assert "[red]days" in shown("stability", run, "--layer", 1, "--seeds", 2)
     assert "[red]days" in shown("neuron", run, "--feature", days, "--layer", 1)

@@ -151,7 +151,11 @@ def test_hostile_texts_stay_data(run: Run, model: LanguageModel) -> None:
         features[0].tokens[0], before=HOSTILE, token=HOSTILE, after=HOSTILE, label=HOSTILE
     )
     features[0] = dataclasses.replace(
-        features[0], tokens=(token, *features[0].tokens[1:]), promoted=((HOSTILE, 1.0),), concept=HOSTILE
+        features[0],
+        tokens=(token, *features[0].tokens[1:]),
+        promoted=((HOSTILE, 1.0),),
+        concept=HOSTILE,
+        name=HOSTILE,
     )
     write_features(run.features_path(0), features)
     labels = [Label(0, 0, "input", HOSTILE, True, HOSTILE)]
@@ -170,7 +174,8 @@ def test_hostile_texts_stay_data(run: Run, model: LanguageModel) -> None:
     assert len(page.tags) <= len(plain.tags)
     assert page.text.count(HOSTILE) == 3  # the title, the heading, the model's name
     first = page.data["layers"][0]["features"][0]
-    assert first["concept"] == first["promoted"][0][0] == first["labels"][0]["text"] == HOSTILE
+    assert first["concept"] == first["lens"]["promoted"][0][0] == first["labels"][0]["text"] == HOSTILE
+    assert first["name"] == HOSTILE
     # The pieces of these tokens are not those of the text: it stands as it was described.
     assert first["contexts"][0]["pieces"] == [HOSTILE] * 3
     assert first["contexts"][0]["shade"][1] != "0"

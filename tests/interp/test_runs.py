@@ -154,7 +154,7 @@ def test_features_of_an_older_version_are_described_anew(run: Run, make_model: M
         {name: value for name, value in row.items() if name != "version"} | {"promoted": []} for row in rows
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in older))
-    with pytest.raises(ValueError, match="has features of version 1, not 2"):
+    with pytest.raises(ValueError, match="has features of version 1, not 3"):
         read_features(path)
     assert run.features(0, make_model()) == features
     assert read_features(path) == features

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from snmf_interp import LanguageModel, generate, load_model, steer, steer_command
 from snmf_interp.cli import app
+from snmf_interp.effects import WordEffects
 from snmf_interp.generation import Continuation
 from snmf_interp.runs import Run
 
@@ -73,7 +75,8 @@ def test_json_is_what_python_gives(run: Path, model_folder: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert (found["layer"], found["feature"], found["site"]) == (1, 2, "blocks.1.mlp.hook_post")
-    assert found["concept"] in ("days", "cats")
+    described = Run.open(run).features(1, lambda: pytest.fail("described a moment ago"))[2]
+    assert (found["name"], found["concept"]) == (described.name, described.concept)
     model = load_model(model_folder, device="cpu")
     z = Run.open(run).factors(1).Z[:, 2]
     options: dict[str, Any] = {"samples": 2, "max_new_tokens": 5, "top_p": 0.9}
@@ -178,13 +181,13 @@ def test_text_of_a_model_is_not_markup(
 
 def test_own_words_are_marked(make_model: Maker, run: Path) -> None:
     feature = Run.open(run).features(1, lambda: Run.open(run).load_model(device="cpu"))[0]
+    words = ["Monday"]
+    effects = WordEffects(((" Monday", 1.0), (" with", 0.9), (" of", 0.8)), (), 1.0, 0.25, True, 0.5)
+    feature = replace(feature, tokens=(), effects=effects)
     own = steer_command._own_words(feature)
     assert own is not None
-    words = [
-        w.strip()
-        for w, _ in (*feature.words, *feature.distinctive)
-        if len(w.strip()) > 3 and w.strip().isalpha()
-    ]
+    # Function words are in every text.
+    assert steer_command._text(Continuation("", "with", ()), own, marks=True).plain == "with"
     text = steer_command._text(Continuation("", f"x {words[0].upper()} {words[0]}x", ()), own, marks=True)
     assert text.plain == f"x ‹{words[0].upper()}› {words[0]}x"
     assert steer_command._text(Continuation("", " ", ()), own, marks=True).plain == "(it ends the text here)"

@@ -93,8 +93,8 @@ class TestTree:
 
 def described() -> Tree:
     texts = {
-        (2, 0): Description(("day", NASTY), NASTY, 0.5, (NASTY,), (("on ", NASTY, ""),)),
-        (0, 1): Description(("Monday", " ", ""), None, None),
+        (2, 0): Description(NASTY, ("day", NASTY), NASTY, 0.5, (NASTY,), (NASTY,), (("on ", NASTY, ""),)),
+        (0, 1): Description("Monday", ("Monday", " ", "")),
     }
     return build_tree(by_hand(), descriptions=texts)
 
@@ -110,7 +110,7 @@ class TestExport:
             ("1/1", "0/1"),
         }
         top = next(node for node in content["nodes"] if node["id"] == "2/0")
-        assert (top["label"], top["words"]) == (NASTY, ["day", NASTY])
+        assert (top["name"], top["concept"], top["words"]) == (NASTY, NASTY, ["day", NASTY])
 
     def test_graphml(self, tmp_path: Path) -> None:
         described().write(tmp_path / "t.graphml")
@@ -119,7 +119,7 @@ class TestExport:
         assert graph is not None
         nodes = {node.get("id"): node for node in graph.findall(f"{space}node")}
         assert len(nodes) == 8
-        label = next(data for data in nodes["2/0"] if data.get("key") == "label").text
+        label = next(data for data in nodes["2/0"] if data.get("key") == "name").text
         assert label is not None
         assert "</script><img onerror=" in label
         assert "\\u001b" in label
@@ -153,7 +153,7 @@ class TestExport:
     def test_text(self) -> None:
         """A shared child is shown in full once; control characters do not reach the terminal; markup is text."""
         console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-        tree = build_tree(by_hand(), descriptions={(0, 1): Description(("[red]Monday",), NASTY, 0.25)})
+        tree = build_tree(by_hand(), descriptions={(0, 1): Description("[red]Monday", (), NASTY, 0.25)})
         console.print(tree.to_text())
         text = console.export_text()
         lines = [line for line in text.splitlines() if "0/1" in line]
@@ -247,7 +247,7 @@ class TestRun:
         content = json.loads(exports[0].read_text())
         assert content["sizes"] == [6, 3, 2]
         assert all(node["words"] and node["contexts"][0][1] for node in content["nodes"])
-        assert any(node["label"] in ("days", "colours", "weather") for node in content["nodes"])
+        assert all(node["name"] for node in content["nodes"] if node["words"])
         assert all(path.is_file() for path in exports)
         folder = run / "layer_2" / "tree"
         kept = ["descriptions.json", "hierarchy.safetensors", "manifest.json"]
@@ -328,21 +328,28 @@ class TestRun:
         assert set(found) == {(level, index) for level, k in enumerate((6, 3)) for index in range(k)}
         assert opened.descriptions(2, lambda: pytest.fail("loaded the model")) == found
         path = run / "layer_2" / "tree" / "descriptions.json"
-        path.write_text(json.dumps({"format": 1, "descriptions": [{}]}))
+        path.write_text(json.dumps({"format": 2, "descriptions": [{}]}))
         with pytest.raises(ValueError, match="is damaged"):
             opened.descriptions(2, lambda: pytest.fail("loaded the model"))
 
 
 def test_description_of_a_feature() -> None:
+    from snmf_interp.effects import WordEffects
     from snmf_interp.features import Feature, TokenInContext
 
     token = TokenInContext("on ", "Monday", " we", False, False, 3, "a", 1, "days", 2.0, 0.5)
     feature = Feature(
         layer=0, index=1, tokens=(token,), promoted=(), suppressed=(), distinctive=((" Friday", 3.0),), neurons=(),
-        n_neurons=2, n_active=1, active_share=0.1, energy=0.2, distinct_tokens=1.0, concept="days",
-        concept_precision=0.75, clarity=0.75,
+        n_neurons=2, n_firing=2, firing_share=0.2, n_strong=1, strong_share=0.1, energy=0.2, distinct_tokens=1.0,
+        name="weekdays", named_by="a model", concept="days", concept_precision=0.75, chance_precision=0.3,
+        word_clarity=0.5, clarity=0.75,
     )  # fmt: skip
+    contexts = (("on ", "Monday", " we"),)
     assert Description.of(feature) == Description(
-        ("Monday",), "days", 0.75, (" Friday",), (("on ", "Monday", " we"),)
+        "weekdays", ("Monday",), "days", 0.75, (), (" Friday",), contexts
     )
-    assert Description.of(dataclasses.replace(feature, concept=None)).score is None
+    assert Description.of(dataclasses.replace(feature, concept=None)).precision is None
+    # A logit lens that disagrees with what was measured is left out.
+    effects = WordEffects(((" wasp", 1.0),), (), 1.0, 0.25, True, 0.1)
+    measured = dataclasses.replace(feature, effects=effects, lens_agreement=0.1)
+    assert (Description.of(measured).raised, Description.of(measured).lens) == ((" wasp",), ())

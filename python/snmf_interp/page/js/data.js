@@ -7,20 +7,20 @@ const BY_PLACE = new Map(FEATURES.map((feature) => [`${feature.layer}/${feature.
 
 function prepare(layer, feature) {
   const labels = feature.labels.filter((label) => label.text);
-  const best =
-    labels.find((label) => label.side === "input" && label.clear && label.source !== "words") ||
-    labels.find((label) => label.side === "input" && label.clear);
   const words = feature.words.map(([word, n]) => (n > 1 ? `${visible(word)} ×${n}` : visible(word))).join(", ");
   const prepared = Object.assign(feature, { layer, place: `${layer}/${feature.index}`, wordList: words });
-  prepared.name = best ? best.text : feature.words.slice(0, 4).map(([word]) => word).join(", ");
+  // What it makes likelier: measured, else by the logit lens where that is not known to be wrong.
+  prepared.likelier = feature.effects ? feature.effects.raised : feature.lens ? feature.lens.distinctive : [];
   prepared.clear = labels.some((label) => label.clear);
   prepared.haystack = [
     prepared.place,
     feature.concept || "",
     (feature.concept || "").replaceAll("_", " "),
+    feature.name,
     ...labels.map((label) => label.text),
     ...feature.words.map(([word]) => word),
-    ...[feature.distinctive, feature.promoted, feature.suppressed].flat().map(([word]) => word),
+    ...prepared.likelier.map(([word]) => word),
+    ...(feature.lens ? [feature.lens.promoted, feature.lens.suppressed].flat().map(([word]) => word) : []),
     ...feature.contexts.map((context) => context.pieces.join("")),
   ]
     .join("\n")

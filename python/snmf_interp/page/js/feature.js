@@ -1,4 +1,4 @@
-// One feature: contexts, logit lens, neurons, strengths, labels, steering.
+// One feature: contexts, effects, logit lens, neurons, strengths, labels, steering.
 
 const FIRST_CONTEXTS = 10;
 
@@ -8,7 +8,7 @@ function featureView(feature) {
     h(
       "header",
       { class: "title" },
-      h("p", { class: "crumb" }, `layer ${feature.layer} · feature ${feature.index}`),
+      h("p", { class: "crumb" }, `layer ${feature.layer} · feature ${feature.index} · named by ${visible(feature.named_by)}`),
       h("h2", { tabindex: "-1" }, feature.dead ? "Dead feature" : visible(feature.name) || "No words"),
       feature.concept &&
         h(
@@ -16,14 +16,16 @@ function featureView(feature) {
           { class: "sub" },
           "best concept ",
           h("b", {}, visible(feature.concept).replaceAll("_", " ")),
-          `, average precision ${feature.precision.toFixed(2)}`,
+          `, average precision ${feature.precision.toFixed(2)} in sample; ${layer.chance_precision.toFixed(2)} by chance`,
         ),
     ),
     h(
       "dl",
       { class: "facts" },
       fact("clarity", feature.clarity.toFixed(2), "0 to 1"),
-      fact("active tokens", percent(feature.active_share), `${count(feature.active)} of ${count(layer.tokens)}`),
+      fact("fires on", percent(feature.firing_share), `${count(feature.firing)} of ${count(layer.tokens)} tokens`),
+      fact("strong on", percent(feature.strong_share), `${count(feature.strong)} tokens, above a tenth of its largest`),
+      fact("L0 of the layer", layer.mean_active.toFixed(0), "features a token, on average"),
       fact("energy", percent(feature.energy), "‖z‖²‖y‖², of all features"),
       fact("neurons", count(feature.n_neurons), `of ${count(layer.width)}`),
       fact("distinct words", percent(feature.distinct, 0), "of the strongest tokens"),
@@ -32,7 +34,7 @@ function featureView(feature) {
     h(
       "div",
       { class: "columns" },
-      lensSection(feature),
+      h("div", {}, effectSection(feature), lensSection(feature)),
       h("div", {}, strengthSection(feature), labelSection(feature)),
     ),
     feature.neurons.length > 0 && neuronSection(feature),
@@ -128,26 +130,54 @@ function piece(text, context, i, feature) {
   ];
 }
 
-function lensSection(feature) {
-  const column = (name, title, pairs, unit) =>
-    h(
-      "div",
-      { class: `lens ${name}` },
-      h("h4", {}, title),
-      pairs.length
-        ? h("ol", {}, pairs.map(([word, value]) => h("li", {}, h("code", {}, token(word)), h("span", { class: "number" }, signed(value, 1)))))
-        : h("p", { class: "none" }, "none"),
-      h("small", {}, unit),
-    );
+function wordColumn(name, title, pairs, unit) {
+  const row = ([word, value]) => h("li", {}, h("code", {}, token(word)), h("span", { class: "number" }, signed(value, 1)));
+  return h(
+    "div",
+    { class: `lens ${name}` },
+    h("h4", {}, title),
+    pairs.length ? h("ol", {}, pairs.map(row)) : h("p", { class: "none" }, "none"),
+    h("small", {}, unit),
+  );
+}
+
+function effectSection(feature) {
+  const { effects } = feature;
+  if (!effects) {
+    return section("Effect on the next word", null, h("p", { class: "none" }, "not measured yet: snmf features --effects"));
+  }
+  const at = `measured: added at ${effects.kl.toPrecision(2)} nats${effects.reached ? "" : ", the most there is"}, beyond what random groups do`;
   return section(
-    "Logit lens",
-    "words that it makes likelier or less likely through the model’s head alone",
+    "Effect on the next word",
+    at,
     h(
       "div",
       { class: "lenses" },
-      column("distinctive", "stands out", feature.distinctive, "σ from other features"),
-      column("promoted", "promotes", feature.promoted, "logit"),
-      column("suppressed", "suppresses", feature.suppressed, "logit"),
+      wordColumn("distinctive", "raises", effects.raised, "change of the logit"),
+      wordColumn("suppressed", "lowers", effects.lowered, "change of the logit"),
+    ),
+  );
+}
+
+// The logit lens leaves out all later layers: how far it is right here is said, and where it is not it is not shown.
+function lensSection(feature) {
+  const agreement = LAYERS.get(feature.layer).lens_agreement;
+  const trust =
+    feature.effects !== null
+      ? `rank correlation with what was measured: ${feature.effects.lens_correlation.toFixed(2)}`
+      : agreement === null
+        ? "not compared with measured effects in this layer"
+        : `rank correlation with measured effects in this layer: ${agreement.toFixed(2)}`;
+  if (!feature.lens) return section("Logit lens", trust, h("p", { class: "none" }, "left out: it does not tell what features of this layer do"));
+  return section(
+    "Logit lens",
+    trust,
+    h(
+      "div",
+      { class: "lenses" },
+      wordColumn("distinctive", "stands out", feature.lens.distinctive, "σ above other features"),
+      wordColumn("promoted", "promotes", feature.lens.promoted, "σ above random groups"),
+      wordColumn("suppressed", "suppresses", feature.lens.suppressed, "σ above random groups"),
     ),
   );
 }

@@ -4,7 +4,8 @@ const ORDERS = {
   clarity: { value: (f) => f.clarity, show: (f) => f.clarity.toFixed(2) },
   precision: { value: (f) => f.precision, show: (f) => f.precision.toFixed(2) },
   energy: { value: (f) => f.energy, show: (f) => percent(f.energy) },
-  active: { value: (f) => f.active, show: (f) => percent(f.active_share) },
+  firing: { value: (f) => f.firing, show: (f) => percent(f.firing_share, 0) },
+  strong: { value: (f) => f.strong, show: (f) => percent(f.strong_share) },
   index: { value: null, show: (f) => f.clarity.toFixed(2) },
 };
 const FILTERS = {
@@ -51,17 +52,16 @@ function listRow(feature) {
         "span",
         { class: "more" },
         feature.concept && h("span", { class: "concept" }, visible(feature.concept).replaceAll("_", " ")),
-        h("span", { class: "words" }, feature.distinctive.length ? "→ " : "", lensLine(feature)),
+        h("span", { class: "words" }, likelierLine(feature)),
       ),
     ),
   );
 }
 
-function lensLine(feature) {
-  return feature.distinctive
-    .slice(0, 8)
-    .map(([word]) => visible(word.trim()) || "␣")
-    .join("  ");
+function likelierLine(feature) {
+  if (!feature.likelier.length) return "";
+  const words = feature.likelier.slice(0, 8).map(([word]) => visible(word.trim()) || "␣");
+  return `${feature.effects ? "→" : "lens →"} ${words.join("  ")}`;
 }
 
 function updateList() {

@@ -21,12 +21,11 @@ function treeView(layer) {
   }
 
   function headline(node, weight) {
-    const words = (node.words || []).slice(0, 6).map(visible).join(", ");
     return [
       h("span", { class: "place" }, node.id),
       weight !== null && h("span", { class: "number" }, percent(weight, 0)),
-      node.label && h("span", { class: "concept" }, visible(node.label).replaceAll("_", " "), typeof node.score === "number" && ` ${node.score.toFixed(2)}`),
-      h("span", { class: "name" }, words || "no words"),
+      h("span", { class: "name" }, visible(node.name || "") || "no words"),
+      node.concept && h("span", { class: "concept" }, visible(node.concept).replaceAll("_", " "), typeof node.precision === "number" && ` ${node.precision.toFixed(2)}`),
       parents.get(node.id) > 1 && h("small", {}, `of ${parents.get(node.id)} parents`),
     ];
   }
@@ -38,10 +37,16 @@ function treeView(layer) {
       "div",
       { class: "node" },
       h("p", { class: "note" }, `${percent(node.energy)} of its level’s energy`),
-      (node.lens || []).length > 0 && h("p", { class: "words" }, "→ ", node.lens.map((word) => visible(word.trim()) || "␣").join("  ")),
+      likelier(node),
       (node.contexts || []).length > 0 && h("details", { class: "in-context" }, h("summary", {}, "in context"), contexts(node)),
       below.length > 0 && h("ul", {}, below.map(([child, weight]) => h("li", {}, branch(child, weight / total)))),
     );
+  }
+
+  function likelier(node) {
+    const measured = (node.raised || []).length > 0;
+    const words = measured ? node.raised : node.lens || [];
+    return words.length > 0 && h("p", { class: "words" }, measured ? "→ " : "lens → ", words.map((word) => visible(word.trim()) || "␣").join("  "));
   }
 
   function contexts(node) {
