@@ -142,7 +142,7 @@ def collect(
         typer.Argument(
             metavar="TEXTS",
             help="concepts (the bundled corpus), a text file (one sample a line), or .jsonl/.csv/.json with "
-            "text or prompt and optionally label.",
+            "text or prompt and optionally label; also compressed, as .jsonl.gz. Empty texts are left out.",
         ),
     ],
     layers: Annotated[str, typer.Option(help="Such as 0-3,6 or all, or hook names: blocks.6.mlp.hook_post.")],
@@ -387,7 +387,15 @@ def features(
 
 
 def _of_concept(features: list[Feature], concept: str, layer: int) -> list[Feature]:
-    named = [feature for feature in features if feature.concept == concept]
+    from .texts import label_name
+
+    # Runs of earlier versions have labels as they were written.
+    wanted = label_name(concept)
+    named = [
+        feature
+        for feature in features
+        if feature.concept is not None and label_name(feature.concept) == wanted
+    ]
     if not named:
         there = ", ".join(sorted({feature.concept for feature in features if feature.concept}))
         raise ValueError(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from snmf_kernels import _checks
 
 from . import gguf_models
+from .texts import whole_text
 
 # A document separator that many families were pretrained with, each document behind one of these. Their
 # tokenizers do not add it, and what they declare as BOS may be a chat marker that no pretraining document
@@ -272,7 +273,7 @@ class LanguageModel:
 
     def encode(self, text: str, *, max_tokens: int | None = None) -> list[int]:
         """Token ids of ``text`` behind the start token, at most ``max_tokens`` in all."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.tokenizer(whole_text(text), add_special_tokens=False)["input_ids"]
         if self._start is not None:
             ids = [self._start, *ids]
         return ids[:max_tokens]

@@ -152,6 +152,11 @@ class TestStartToken:
             make_model(start_token=1000)
 
 
+def test_half_of_a_surrogate_pair_is_no_text(make_model: Maker) -> None:
+    model = make_model()
+    assert model.encode("the \ud83d cat") == model.encode("the \ufffd cat")
+
+
 def test_fingerprint_tells_weights_apart(make_model: Maker) -> None:
     one, two = make_model(), make_model()
     assert one.fingerprint() == two.fingerprint()
