@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from scipy.special import expit, logit
+from scipy.stats import binomtest
 from scipy.stats import t as student_t
 from torch import Tensor
 
@@ -70,7 +72,10 @@ class Interval:
     """A mean over concepts with its interval, NaN for fewer than two concepts.
 
     A percentile bootstrap; for fewer than 20 values, where that is too narrow (with 8 it excludes the true mean 11
-    times in a hundred instead of 5), Student's t.
+    times in a hundred instead of 5), Student's t. The t interval of a bounded quantity is one of the mean's logit,
+    whose standard error is that of the mean times the logit's slope there: it lies within the bounds, and covers
+    better. Of AUROCs around 0.95 (Beta(20, 1), 8 values) it excludes the true mean 7 times in a hundred, that of the
+    mean itself 10.
     """
 
     value: float
@@ -78,8 +83,22 @@ class Interval:
     high: float
 
     @classmethod
-    def of(cls, values: Tensor, *, confidence: float = 0.95, seed: int = 0) -> Interval:
-        """Of ``values [m]``, NaN left out."""
+    def of(
+        cls,
+        values: Tensor,
+        bounds: tuple[float, float] | None = None,
+        *,
+        confidence: float = 0.95,
+        seed: int = 0,
+    ) -> Interval:
+        """Of ``values [m]``, NaN left out.
+
+        Args:
+            values: one for each concept.
+            bounds: the smallest and the largest value that there can be; None for what has none.
+            confidence: of the interval.
+            seed: of the bootstrap.
+        """
         known = values[~values.isnan()].double()
         if not len(known):
             return cls(float("nan"), float("nan"), float("nan"))
@@ -89,7 +108,24 @@ class Interval:
         if len(known) == 1:
             return cls(mean, float("nan"), float("nan"))
         half = float(student_t.ppf((1 + confidence) / 2, len(known) - 1) * known.std() / len(known) ** 0.5)
-        return cls(mean, mean - half, mean + half)
+        if bounds is None:
+            return cls(mean, mean - half, mean + half)
+        least, most = bounds
+        share = (mean - least) / (most - least)
+        # 1 over the slope of the logit; 0 where all values are at a bound.
+        flat = share * (1 - share)
+        if not half or not flat:
+            return cls(mean, mean, mean)
+        reach = half / (most - least) / flat
+        low, high = expit(logit(share) + np.array([-reach, reach]))
+        return cls(mean, float(least + (most - least) * low), float(least + (most - least) * high))
+
+    @classmethod
+    def of_share(cls, hits: Tensor, *, confidence: float = 0.95) -> Interval:
+        """Of the share of ``hits [m]`` bool, m at least 1: Wilson's, which has some width at 0 and 1 too."""
+        count = int(hits.sum())
+        found = binomtest(count, len(hits)).proportion_ci(confidence, method="wilson")
+        return cls(count / len(hits), float(found.low), float(found.high))
 
 
 @dataclass(frozen=True)
@@ -210,7 +246,7 @@ def detect_concepts(
 
 
 def summarise(rows: Sequence[ConceptDetection], *, confidence: float = 0.95) -> list[DetectionSummary]:
-    """Means over concepts with intervals from a bootstrap over concepts; the first method is compared with the rest.
+    """Means over concepts with intervals; the first method is compared with the rest.
 
     Raises:
         ValueError: the rows are not about the same concepts.
@@ -221,13 +257,13 @@ def summarise(rows: Sequence[ConceptDetection], *, confidence: float = 0.95) -> 
         DetectionSummary(
             row.method,
             row.size,
-            Interval.of(row.detection.auroc, confidence=confidence),
-            Interval.of(row.hard_auroc, confidence=confidence),
-            Interval.of(row.detection.probe_accuracy, confidence=confidence),
-            Interval.of((row.s_cd > 0).double(), confidence=confidence),
+            Interval.of(row.detection.auroc, (0, 1), confidence=confidence),
+            Interval.of(row.hard_auroc, (0, 1), confidence=confidence),
+            Interval.of(row.detection.probe_accuracy, (0, 1), confidence=confidence),
+            Interval.of_share(row.s_cd > 0, confidence=confidence),
             None
             if i == 0
-            else Interval.of(rows[0].detection.auroc - row.detection.auroc, confidence=confidence),
+            else Interval.of(rows[0].detection.auroc - row.detection.auroc, (-1, 1), confidence=confidence),
         )
         for i, row in enumerate(rows)
     ]

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# The largest score of a text; gains over unsteered texts lie between it and its negative.
+_BEST = 2
 # Colours that people with any colour vision tell apart (Okabe & Ito), SNMF's first.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 
@@ -100,14 +102,16 @@ def summarise_steering(
                 method,
                 len(shared),
                 len({(record.layer, record.concept) for record in records}) - len(shared),
-                Interval.of(gain, confidence=confidence),
-                Interval.of(by_concept(method, "permuted"), confidence=confidence),
+                Interval.of(gain, (-_BEST, _BEST), confidence=confidence),
+                Interval.of(by_concept(method, "permuted"), (-_BEST, _BEST), confidence=confidence),
                 float(by_concept(method, "concept").nanmean()),
                 float(by_concept(method, "fluency").nanmean()),
                 float(by_concept(method, "kl").nanmean()),
                 None
                 if method == methods[0]
-                else Interval.of(by_concept(methods[0], "gain") - gain, confidence=confidence),
+                else Interval.of(
+                    by_concept(methods[0], "gain") - gain, (-2 * _BEST, 2 * _BEST), confidence=confidence
+                ),
                 _missing([record for record in records if record.method == method], scorer),
             )
         )
