@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .compare import Difference, compare_stores
     from .core import Assignment, NeuronSets, assign_features, neuron_sets
     from .detecting import detect_concepts, hard_negatives
+    from .equal_texts import text_groups
     from .evaluation import (
         Detection,
         best_neurons,
@@ -147,6 +148,7 @@ __all__ = [
     "suggest_k",
     "summarise_immediate",
     "summarise_steering",
+    "text_groups",
     "train_autoencoder",
     "write_report",
     "write_sentences",
@@ -232,6 +234,7 @@ _HOMES = {
     "suggest_k": "choosing",
     "summarise_immediate": "trial_report",
     "summarise_steering": "trial_report",
+    "text_groups": "equal_texts",
     "train_autoencoder": "autoencoders",
     "write_report": "report",
     "write_sentences": "sentences",

@@ -14,9 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import files, hooks
+from .equal_texts import text_groups
 from .models import LanguageModel
 from .store import FORMAT, MANIFEST, PLAN, ActivationStore, Corpus, read_tensors, shard_name
-from .texts import Sample, digest
+from .texts import Sample, as_samples, digest
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class _Options:
 
 def collect(
     model: LanguageModel,
-    samples: Sequence[Sample],
+    samples: Iterable[Sample | str | Mapping[str, Any]] | Mapping[str, Iterable[str]],
     layers: str | int | Iterable[int | str],
     *,
     out: str | Path | None = None,
@@ -71,7 +72,8 @@ def collect(
 
     Args:
         model: from :func:`snmf_interp.load_model`.
-        samples: from :func:`snmf_interp.read_texts`.
+        samples: from :func:`snmf_interp.read_texts`, or objects as it takes them; each is one sample, also where its
+            text is empty.
         layers: see :meth:`LanguageModel.parse_layers`.
         out: folder of the store; None keeps it in memory. A folder in which the same collection was cut short
             is resumed: its finished shards are kept, and the result is the same to the bit.
@@ -88,10 +90,16 @@ def collect(
         progress: show a bar on stderr; by default when it is a terminal.
 
     Raises:
-        ValueError: an argument is out of range, ``out`` holds another collection (the message names what
-            differs), or the activations are not finite in the stored dtype.
+        TypeError: ``model`` is not a :class:`LanguageModel`.
+        ValueError: an argument is out of range or no list of texts, ``out`` holds another collection (the message
+            names what differs), or the activations are not finite in the stored dtype.
     """
-    if not samples:
+    if not isinstance(model, LanguageModel):
+        raise TypeError(
+            f"model: wanted a LanguageModel, such as load_model('smollm2-135m'), got {type(model).__name__}"
+        )
+    texts = as_samples(samples)
+    if not texts:
         raise ValueError("samples is empty; give at least one text")
     if batch_size < 1:
         raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
@@ -118,7 +126,7 @@ def collect(
         model_dtype=_name(model.dtype),
         device=model.device.type,
         start_token=model.start_token_id,
-        texts=digest(samples),
+        texts=digest(texts),
         layers=wanted,
         dtype=_name(stored),
         batch_size=batch_size,
@@ -132,7 +140,7 @@ def collect(
         _refuse_other(folder, options)
         if (folder / MANIFEST).is_file():
             return ActivationStore.open(folder)
-    corpus, n_cut = _tokenise(model, samples, options.max_tokens)
+    corpus, n_cut = _tokenise(model, texts, options.max_tokens)
     plan = {
         "format": FORMAT,
         "model": {"name": model.name, "class": type(model.model).__name__, **model.source},
@@ -282,7 +290,13 @@ def _tokenise(model: LanguageModel, samples: Sequence[Sample], max_tokens: int |
     cut = [ids[:max_tokens] for ids in encoded]
     offsets = torch.tensor([0, *map(len, cut)]).cumsum(0)
     ids = torch.tensor([id for ids in cut for id in ids], dtype=torch.int64)
-    corpus = Corpus(ids, offsets, [sample.id for sample in samples], [sample.label for sample in samples])
+    corpus = Corpus(
+        ids,
+        offsets,
+        [sample.id for sample in samples],
+        [sample.label for sample in samples],
+        text_groups([sample.text for sample in samples]).tolist(),
+    )
     return corpus, sum(len(a) > len(b) for a, b in zip(encoded, cut, strict=True))
 
 
@@ -322,6 +336,7 @@ def _finalise(run: _Run, shards: Sequence[Mapping[str, Tensor]], n_cut: int) -> 
     counts = {
         "samples": len(run.lengths),
         "samples_cut": n_cut,
+        "samples_equal": run.corpus.n_equal,
         "tokens": len(run.corpus.ids),
         "first_position": int(run.first.sum()),
         "special": int(run.special.sum()),

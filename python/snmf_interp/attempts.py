@@ -31,7 +31,8 @@ def open_plan(folder: Path, wanted: dict[str, Any], *, overwrite: bool) -> None:
     wanted = json.loads(json.dumps(wanted)) | {"format": FORMAT}
     there: dict[str, Any] = {}
     if (folder / "plan.json").is_file():
-        there = files.read_versioned(folder / "plan.json", FORMAT)
+        # Earlier versions divided equal texts like others.
+        there = {"equal_texts": 0} | files.read_versioned(folder / "plan.json", FORMAT)
         settled = {name: value for name, value in there.items() if value is not None}
         differing = [name for name in wanted if settled.get(name, wanted[name]) != wanted[name]]
         if differing and not overwrite:

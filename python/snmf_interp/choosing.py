@@ -1,6 +1,6 @@
 """How many features to ask for, decided by which number of them several starts agree on.
 
-choice = suggest_k(activations.T, [25, 50, 100, 200], groups=text_of)
+choice = suggest_k(activations.T, [25, 50, 100, 200], groups=store.corpus.groups[text_of])
 choice.k, choice.reason, choice.evidence
 """
 
@@ -111,7 +111,8 @@ def suggest_k(
     Args:
         A: activations ``[d, n]``, as for :func:`snmf_kernels.fit`.
         ks: candidates; by default :func:`candidates` of the training tokens.
-        groups: ``[n]`` int64, the text of each token: whole texts are held out. None: single tokens are.
+        groups: ``[n]`` int64, the text of each token: whole texts are held out, those of one number (as equal ones must
+            have) together. None: single tokens are.
         held_out: the share of texts (tokens) held out.
         seeds: how many starts (seeds 0, 1, …), or the seeds; at least three, all different.
         threshold, duplicate_threshold: see :func:`snmf_interp.stability.stability_of`.

@@ -64,7 +64,7 @@ def average_precision(scores: Tensor, labels: Sequence[str | None]) -> tuple[lis
     Returns:
         The labels in alphabetical order, and ``[k, n_labels]`` float64.
     """
-    known = torch.tensor([label is not None for label in labels])
+    known = torch.tensor([label is not None for label in labels], dtype=torch.bool)
     names = sorted({label for label in labels if label is not None})
     number = {name: i for i, name in enumerate(names)}
     label_of = torch.tensor([number[label] for label in labels if label is not None], dtype=torch.long)

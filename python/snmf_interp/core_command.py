@@ -102,6 +102,7 @@ def core(
         "concepts": concepts, "words": words, "m": m, "least": least, "kl": kl, "random": random,
         "controls": controls, "seed": seed, "fit": opened.config["layers"][str(layer)]["options"],
         "relative_error": opened.config["layers"][str(layer)]["relative_error"],
+        "equal_texts": opened.store().corpus.n_equal,
     }  # fmt: skip
     result = _kept(opened, layer, concepts, options)
     if result is None:
@@ -178,7 +179,7 @@ def _measured(
         )
     halves = [half_of(id) for id in store.corpus.sample_ids]
     train = (
-        split_texts(labels)
+        split_texts(labels, groups=store.corpus.groups)
         if None in halves
         else torch.tensor([half == 0 for half in halves], dtype=torch.bool)
     )

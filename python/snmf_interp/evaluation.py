@@ -1,6 +1,6 @@
 """What features are worth as detectors of labelled concepts, on texts that they were not fitted on.
 
-    train = split_texts(labels)
+    train = split_texts(labels, groups=store.corpus.groups)
     factors = snmf_kernels.fit(activations[train[text_of]].T, k=100, neuron_scale="rms")
     evaluate_features(factors, activations, text_of, labels, train).mean_auroc
 
@@ -76,35 +76,51 @@ class Detection:
         return float((self.auroc > threshold).double().mean())
 
 
-def split_texts(labels: Sequence[str | None], *, seed: int = 0, fraction: float = 0.5) -> Tensor:
+def split_texts(
+    labels: Sequence[str | None],
+    *,
+    groups: Tensor | Sequence[int] | None = None,
+    seed: int = 0,
+    fraction: float = 0.5,
+) -> Tensor:
     """Divide texts into a training and a held-out part, label by label.
 
     Args:
         labels: the label of each text; those without one are divided like those of a label.
+        groups: a number for each text, ``[n_texts]``; texts of one number stay on one side, as equal ones must:
+            ``store.corpus.groups``, or :func:`snmf_interp.text_groups` of the texts. None: all are different.
         seed: of the division; no global generator is touched.
-        fraction: the share of training texts. Of a label's m texts ``fraction · m`` are training texts, rounded
-            up or down at random, but with two or more texts at least one is on each side.
+        fraction: the share of training texts. Of a label's m different texts ``fraction · m`` are training texts,
+            rounded up or down at random, but with two or more at least one is on each side. A text that has several
+            labels goes where the first of them has it, which may leave the others less choice.
 
     Returns:
         ``[n_texts]`` bool, True for training texts.
 
     Raises:
-        ValueError: ``fraction`` is not between 0 and 1.
+        ValueError: ``fraction`` is not between 0 and 1, or there are not as many groups as labels.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction: wanted a number between 0 and 1, got {fraction}")
-    texts_of: dict[str | None, list[int]] = {}
-    for text, label in enumerate(labels):
-        texts_of.setdefault(label, []).append(text)
+    group_of = list(range(len(labels))) if groups is None else torch.as_tensor(groups).tolist()
+    if len(group_of) != len(labels):
+        raise ValueError(f"groups: wanted a number for each of {len(labels)} texts, got {len(group_of)}")
+    groups_of: dict[str | None, dict[int, None]] = {}
+    for group, label in zip(group_of, labels, strict=True):
+        groups_of.setdefault(label, {})[group] = None
     generator = torch.Generator().manual_seed(seed)
-    train = torch.zeros(len(labels), dtype=torch.bool)
-    for texts in map(torch.tensor, texts_of.values()):
+    side: dict[int, bool] = {}
+    for own in map(list, groups_of.values()):
         # Rounding always to the same side would favour one half in every label of odd size.
-        count = math.floor(fraction * len(texts) + float(torch.rand((), generator=generator)))
-        if len(texts) > 1:
-            count = min(max(count, 1), len(texts) - 1)
-        train[texts[torch.randperm(len(texts), generator=generator)[:count]]] = True
-    return train
+        count = math.floor(fraction * len(own) + float(torch.rand((), generator=generator)))
+        if len(own) > 1:
+            count = min(max(count, 1), len(own) - 1)
+        # Those that another label has put on a side already count there.
+        free = [group for group in own if group not in side]
+        count -= sum(side.get(group, False) for group in own)
+        order = torch.randperm(len(free), generator=generator).tolist()
+        side |= {free[place]: rank < count for rank, place in enumerate(order)}
+    return torch.tensor([side[group] for group in group_of], dtype=torch.bool)
 
 
 def auroc(scores: Tensor, labels: Sequence[str | None]) -> tuple[list[str], Tensor]:

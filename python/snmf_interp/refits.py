@@ -17,7 +17,7 @@ from .stability import THRESHOLD, Stability, check_seeds, stability_of
 if TYPE_CHECKING:
     from .runs import Run
 
-_FORMAT = 1
+_FORMAT = 2
 # Under the name of what was chosen, in the record of a layer.
 K_CHOICE = "k_choice"
 # Fits under way at once on a GPU, see snmf_kernels.fit_many; elsewhere each is saved before the next begins.
@@ -89,7 +89,7 @@ def choose_k(
     before: Callable[[int], None] | None = None,
     progress: bool = False,
 ) -> KChoice:
-    """:func:`snmf_interp.choosing.suggest_k` for a layer of a run, whole texts held out.
+    """:func:`snmf_interp.choosing.suggest_k` for a layer of a run, whole texts held out, equal ones together.
 
     The evidence for each k is kept in ``layer_N/k_evidence.json`` when it is there, so that a choice that was cut
     short goes on, and one with more candidates fits only those.
@@ -119,7 +119,7 @@ def choose_k(
     return suggest_k(
         activations.T,
         wanted,
-        groups=store.samples(layer),
+        groups=store.corpus.groups[store.samples(layer)],
         seeds=seeds,
         known=list(rows.values()),
         after=keep,

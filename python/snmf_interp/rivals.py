@@ -138,7 +138,7 @@ class Trial:
                 "collect from labelled texts, such as `concepts`"
             )
         folder = run.path / "eval"
-        wanted = asdict(plan)
+        wanted = asdict(plan) | {"equal_texts": run.store().corpus.n_equal}
         # Rivals do not depend on each other.
         del wanted["against"], wanted["sae"]
         if (folder / "plan.json").is_file():
@@ -163,8 +163,8 @@ class Trial:
 
     @cached_property
     def train(self) -> Tensor:
-        """Which texts are training texts, ``[n_texts]`` bool."""
-        return split_texts(self.labels, seed=self.plan.seed)
+        """Which texts are training texts, ``[n_texts]`` bool; equal ones are on one side."""
+        return split_texts(self.labels, groups=self.run.store().corpus.groups, seed=self.plan.seed)
 
     @cached_property
     def words(self) -> dict[str, tuple[str, ...]]:

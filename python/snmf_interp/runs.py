@@ -25,7 +25,7 @@ import contextlib
 import importlib.metadata
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,7 @@ class Run:
         cls,
         path: str | Path,
         model: LanguageModel,
-        samples: Sequence[Sample],
+        samples: Iterable[Sample | str | Mapping[str, Any]] | Mapping[str, Iterable[str]],
         layers: str | int | Sequence[int | str],
         *,
         texts: str = "",
@@ -81,7 +81,11 @@ class Run:
             "format": FORMAT,
             "versions": versions(),
             "model": store.plan["model"] | {"weights": store.plan["options"]["weights"]},
-            "texts": {"source": texts, "samples": len(samples), "digest": store.plan["options"]["texts"]},
+            "texts": {
+                "source": texts,
+                "samples": store.counts["samples"],
+                "digest": store.plan["options"]["texts"],
+            },
             "hook_names": store.plan["hook_names"],
             "collect": store.plan["options"],
             "counts": store.counts,

@@ -24,6 +24,7 @@ from .activations import collect
 from .answers import Request, ask_json
 from .concepts import text_scores
 from .dictionaries import features
+from .equal_texts import text_key
 from .evaluation import concept_detection_score
 from .texts import Sample
 
@@ -102,13 +103,14 @@ def parse_sentences(answer: Mapping[str, Any], count: int) -> tuple[tuple[str, .
         texts = answer.get(name)
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f'wanted a list of strings as "{name}"')
-        kept = tuple(dict.fromkeys(" ".join(text.split()) for text in texts))[:count]
+        first = {text_key(text): " ".join(text.split()) for text in reversed(texts)}
+        kept = tuple(first[key] for key in dict.fromkeys(map(text_key, texts)))[:count]
         if len(kept) < count or "" in kept or "…" in kept:
             raise ValueError(f'wanted {count} different sentences as "{name}"')
         if max(map(len, kept)) > _LONGEST:
             raise ValueError(f"wanted sentences of at most {_LONGEST} characters")
         found.append(kept)
-    if set(found[0]) & set(found[1]):
+    if set(map(text_key, found[0])) & set(map(text_key, found[1])):
         raise ValueError("wanted other sentences as neutral than as activating")
     return found[0], found[1]
 

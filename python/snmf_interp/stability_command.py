@@ -158,7 +158,7 @@ def evidence_table(choice: KChoice) -> Group:
     explained = (
         f"\nk = {choice.k}: {choice.reason}. Found again: the share of features that a fit from another start has too "
         f"(cosine of Z at least {choice.threshold}, {len(choice.seeds)} starts); {choice.held_out:.0%} of the texts "
-        "are held out."
+        "are held out, equal ones together."
     )
     return Group(table, Text(explained, style="dim"))
 

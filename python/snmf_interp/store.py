@@ -4,7 +4,7 @@ A store on disk is a folder:
 
     plan.json            what is collected: every option that shapes the numbers, and the samples of each shard
     tokens.safetensors   ids of all tokens of all samples, one after another, and where each sample begins
-    samples.jsonl        id and label of each sample
+    samples.jsonl        id and label of each sample, and the first sample that has the same text
     shard-00000.safetensors …   per layer the activations, token-major; each token's place among all tokens; norms
     manifest.json        written last: counts, and each layer's limit above which a token is a sink
 
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from . import files
+from .equal_texts import first_equal
 
 FORMAT = 1
 MANIFEST, PLAN, TOKENS, SAMPLES = "manifest.json", "plan.json", "tokens.safetensors", "samples.jsonl"
@@ -44,6 +45,21 @@ class Corpus:
     offsets: Tensor
     sample_ids: list[str]
     labels: list[str | None]
+    same_as: list[int] | None = None
+
+    @cached_property
+    def groups(self) -> Tensor:
+        """For each sample the first one of the same text, ``[n_samples]`` int64: see :func:`text_groups`.
+
+        Texts that are the same as far as they were collected count as the same too.
+        """
+        tokens = [tuple(self.tokens_of(sample)) for sample in range(len(self.sample_ids))]
+        return first_equal(tokens, *([] if self.same_as is None else [self.same_as]))
+
+    @property
+    def n_equal(self) -> int:
+        """How many samples have the text of one before them."""
+        return len(self.groups) - len(self.groups.unique())
 
     @cached_property
     def sample_of(self) -> Tensor:
@@ -67,7 +83,10 @@ class Corpus:
     def save(self, folder: Path) -> None:
         """Write tokens.safetensors and samples.jsonl."""
         files.write_tensors(folder / TOKENS, {"ids": self.ids, "offsets": self.offsets})
-        rows = ({"id": id, "label": label} for id, label in zip(self.sample_ids, self.labels, strict=True))
+        rows = (
+            {"id": id, "label": label, "same_as": first}
+            for id, label, first in zip(self.sample_ids, self.labels, self.groups.tolist(), strict=True)
+        )
         files.write_text(
             folder / SAMPLES, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         )
@@ -79,7 +98,11 @@ class Corpus:
         rows = [
             json.loads(line) for line in (folder / SAMPLES).read_text(encoding="utf-8").split("\n") if line
         ]
-        return cls(tensors["ids"], tensors["offsets"], [r["id"] for r in rows], [r["label"] for r in rows])
+        # Earlier versions wrote no "same_as".
+        same_as = [r["same_as"] for r in rows] if all("same_as" in r for r in rows) else None
+        return cls(
+            tensors["ids"], tensors["offsets"], [r["id"] for r in rows], [r["label"] for r in rows], same_as
+        )
 
 
 @dataclass(frozen=True)

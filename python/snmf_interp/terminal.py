@@ -142,6 +142,10 @@ def counts(screen: Console, config: dict[str, Any]) -> None:
     )
     line = f"  {total} tokens of {numbers['samples']:,} texts; left out: {'; '.join(left_out)}"
     screen.print(Text(line, style="dim"))
+    # Runs of earlier versions did not count them.
+    if equal := numbers.get("samples_equal"):
+        line = f"  {equal:,} texts equal one before, but for case and spaces; they are on its side of every split"
+        screen.print(Text(line, style="dim"))
     if numbers["samples_cut"]:
         line = f"  {numbers['samples_cut']:,} texts were cut to {config['collect']['max_tokens']} tokens"
         screen.print(Text(line, style="dim"))

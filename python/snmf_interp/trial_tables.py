@@ -23,6 +23,8 @@ def show_detection(screen: Console, trial: Trial, layer: int, rows: Sequence[Det
         label is not None and not chosen
         for label, chosen in zip(trial.labels, trial.train.tolist(), strict=True)
     )
+    equal = trial.run.store().corpus.n_equal
+    together = f" ({equal} of all texts equal one before and are on its side)" if equal else ""
     screen.print(Text(f"\nDetection at layer {layer}\n", style="bold"))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("method, choices", no_wrap=True)
@@ -40,10 +42,10 @@ def show_detection(screen: Console, trial: Trial, layer: int, rows: Sequence[Det
     screen.print(table)
     screen.print(
         Text(
-            f"means over concepts, 95 % intervals over them; {held_out} held-out texts. AUROC and probe: 0.5 is "
-            "chance. Hard: against the texts of other concepts that share most words, which are longer: chance "
-            "is what permuted labels have. Choices: directions among which each concept takes its best on the training "
-            "texts",
+            f"means over concepts, 95 % intervals over them; {held_out} held-out texts{together}. AUROC and "
+            "probe: 0.5 is chance. Hard: against the texts of other concepts that share most words, which are longer: "
+            "chance is what permuted labels have. Choices: directions among which each concept takes its best on the "
+            "training texts",
             style="dim",
         )
     )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -227,6 +228,42 @@ class TestStore:
             store = collect(model, samples, 0, batch_size=4, shard_tokens=shard_tokens, sink_threshold=None)
             assert store.tokens(0).tolist() == expected
             assert store.samples(0).tolist() == sorted(store.samples(0).tolist())
+
+    def test_equal_texts_are_grouped(self, tmp_path: Path, make_model: Maker) -> None:
+        """Also those that are equal as far as they are collected."""
+        texts = ["the cat", "The  cat", "a dog ran on the mat", "a dog ran on the rug", "sun"]
+        for out in (None, tmp_path / "store"):
+            store = collect(make_model(), texts, 0, out=out, max_tokens=5)
+            assert store.corpus.groups.tolist() == [0, 0, 2, 2, 4]
+            assert store.counts["samples_equal"] == store.corpus.n_equal == 2
+        # What earlier versions wrote does not say which texts were the same; their tokens do.
+        path = tmp_path / "store" / "samples.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({"id": row["id"], "label": row["label"]}) + "\n" for row in rows))
+        assert ActivationStore.open(tmp_path / "store").corpus.groups.tolist() == [0, 1, 2, 2, 4]
+
+    def test_texts_as_they_come(self, make_model: Maker) -> None:
+        """Each object is a sample, also where its text is empty."""
+        model = make_model()
+        store = collect(model, ["the cat", "", {"text": "a dog", "label": " pets "}, Sample("0", "sun")], [0])
+        assert store.corpus.sample_ids == ["0", "1", "2", "0#2"]
+        assert store.corpus.labels == [None, None, "pets", None]
+        assert store.samples(0).unique().tolist() == [0, 2, 3]
+        assert collect(model, (text for text in ["the cat"]), 0).corpus.tokens_of(
+            0
+        ) == store.corpus.tokens_of(0)
+        assert collect(model, {"days": ["on Monday"]}, 0).corpus.labels == ["days"]
+
+    @pytest.mark.parametrize(
+        "given", ["the cat", Path("texts.txt"), b"the cat", 3, [3], ["the cat", ["a dog"]]]
+    )
+    def test_no_list_of_texts(self, given: Any, make_model: Maker) -> None:
+        with pytest.raises(ValueError, match=r"wanted a (list of texts|string)"):
+            collect(make_model(), given, 0)
+
+    def test_no_model(self) -> None:
+        with pytest.raises(TypeError, match=r"model: wanted a LanguageModel, .*got str"):
+            collect("smollm2-135m", ["the cat"], 0)  # type: ignore[arg-type]
 
     def test_context(self, make_model: Maker) -> None:
         texts = [Sample("0", "the cat"), Sample("1", "one two three the dog")]

@@ -77,6 +77,27 @@ def test_collect_fit_features(model_folder: Path, texts: Path, tmp_path: Path) -
     assert "Layer 0" in snmf("features", run, "--sort", "energy").stdout
 
 
+def test_labels_and_equal_texts(model_folder: Path, tmp_path: Path) -> None:
+    """Labels are found without the spaces that they were written with, and what was left out is said."""
+    path, run = tmp_path / "texts.json", tmp_path / "run"
+    texts = {
+        " the days": ["on Monday the cat", "On  Monday the cat", "Friday", ""],
+        "pets": ["a dog", "the cat"],
+    }
+    path.write_text(json.dumps(texts))
+    result = snmf("collect", model_folder, path, "--layers", "0", "--out", run)
+    assert result.exit_code == 0, result.output
+    assert "1 empty texts left out" in " ".join(result.stderr.split())
+    assert "1 texts equal one before, but for case and spaces" in " ".join(result.stdout.split())
+    assert snmf("fit", run, "--k", 3, "--max-iter", 5).exit_code == 0
+    rows = [json.loads(line) for line in snmf("features", run, "--layer", 0, "--json").stdout.splitlines()]
+    concept = next(row["concept"] for row in rows if row["concept"])
+    assert concept in ("the days", "pets")
+    result = snmf("features", run, "--layer", 0, "--json", "--concept", f"  {concept} ")
+    assert result.exit_code == 0, result.output
+    assert {json.loads(line)["concept"] for line in result.stdout.splitlines()} == {concept}
+
+
 def test_bad_input_is_one_line_and_exit_code_2(
     fitted: Path, model_folder: Path, texts: Path, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from snmf_interp import core_command
 from snmf_interp.cli import app
 from snmf_interp.core import assign_features
+from snmf_interp.evaluation import split_texts
 from snmf_interp.runs import Run
 
 TINY = ("--layer", 1, "--k", 8, "--least", 0, "--controls", 3, "--random", 4)
@@ -101,6 +102,30 @@ def test_kept(model_folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert other.exit_code == 0, other.output
     assert json.loads(other.stdout)["table"]["target"] == 0.1
     assert len(calls) == 2
+
+
+def test_equal_texts_are_on_one_side(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, run = tmp_path / "texts.json", tmp_path / "run"
+    once = {
+        word: [f"{a} {word} {b}" for a in ("the", "a") for b in ("cat", "dog", "mat")]
+        for word in ("one", "two")
+    }
+    texts.write_text(
+        json.dumps({word: [*own, *(text.replace(" ", "  ") for text in own)] for word, own in once.items()})
+    )
+    assert snmf("collect", model_folder, texts, "--layers", "1", "--out", run).exit_code == 0
+    groups: list[Any] = []
+
+    def split(labels: Any, **options: Any) -> Any:
+        groups.append(options["groups"].tolist())
+        return split_texts(labels, **options)
+
+    monkeypatch.setattr("snmf_interp.evaluation.split_texts", split)
+    result = snmf("core", run, *TINY, "--concepts", "one,two")
+    assert result.exit_code == 0, result.output
+    assert groups == [[*range(6), *range(6), *range(12, 18), *range(12, 18)]]
 
 
 def test_too_few_words(model_folder: Path, out: Path) -> None:

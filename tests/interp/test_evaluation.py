@@ -14,7 +14,7 @@ from scipy.stats import mannwhitneyu
 
 import snmf_interp
 import snmf_kernels
-from snmf_interp import dictionaries, evaluation
+from snmf_interp import dictionaries, evaluation, text_groups
 from snmf_interp.evaluation import (
     Detection,
     auroc,
@@ -72,11 +72,51 @@ class TestSplit:
         split_texts(["a"] * 9)
         assert torch.equal(torch.get_rng_state(), before)
 
+    def test_equal_texts_stay_on_one_side(self) -> None:
+        texts = [f"{'aAb'[i % 3]} text {i // 3} " for i in range(60)]
+        groups = text_groups(texts)
+        # Case does not tell texts apart: twenty of "b", twenty of "a" and as many of "A".
+        assert len(groups.unique()) == 40
+        labels = ["xy"[i // 3 % 2] for i in range(60)]
+        for seed in range(20):
+            train = split_texts(labels, groups=groups, seed=seed)
+            sides = {(group, side) for group, side in zip(groups.tolist(), train.tolist(), strict=True)}
+            assert len(sides) == 40
+            # Half of the different ones of each label.
+            for label in "xy":
+                own = {g for g, one in zip(groups.tolist(), labels, strict=True) if one == label}
+                assert sum(side for group, side in sides if group in own) == 10
+        assert split_texts(["a", "a"], groups=text_groups(["one", "One "])).unique().numel() == 1
+
+    def test_a_text_of_several_labels_is_on_one_side(self) -> None:
+        texts = [f"{i}" for i in range(12)]
+        labels: list[str | None] = [*(["a"] * 12), *(["b"] * 6), None]
+        groups = text_groups([*texts, *texts[:5], "other", "3"])
+        for seed in range(20):
+            train = split_texts(labels, groups=groups, seed=seed)
+            assert torch.equal(train[12:17], train[:5])
+            assert bool(train[18]) == bool(train[3])
+            assert int(train[:12].sum()) == 6
+
+    def test_different_texts_are_divided_as_without_groups(self) -> None:
+        labels = ["xyz"[i % 3] for i in range(31)]
+        assert torch.equal(split_texts(labels, seed=3), split_texts(labels, seed=3, groups=torch.arange(31)))
+        with pytest.raises(ValueError, match="groups: wanted a number for each of 31 texts, got 3"):
+            split_texts(labels, groups=[0, 1, 2])
+
     def test_edges(self) -> None:
         assert split_texts([]).tolist() == []
+        assert text_groups([]).tolist() == []
         for fraction in (0.0, 1.0, math.nan):
             with pytest.raises(ValueError, match="fraction: wanted a number between 0 and 1, got"):
                 split_texts(["a", "a"], fraction=fraction)
+
+
+def test_text_groups() -> None:
+    """Case, spaces and Unicode form do not tell texts apart; what is equal over others is equal."""
+    texts = ["a cat", "A  cat\n", "Straße", "STRASSE", "cafe\u0301", "caf\u00e9", "a dog"]
+    assert text_groups(texts).tolist() == [0, 0, 2, 2, 4, 4, 6]
+    assert text_groups(texts, [0, 1, 1, 2, 3, 4, 5]).tolist() == [0, 0, 0, 0, 4, 4, 6]
 
 
 class TestAuroc:

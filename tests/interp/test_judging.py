@@ -178,6 +178,8 @@ class TestSentences:
         [
             {"activating": ["one"]},
             {"activating": ["same", "same"]},
+            {"activating": ["Same", "same"]},
+            {"activating": ["A RED rug", "x"]},
             {"activating": ["a red rug", "x"]},
             {"activating": "Monday came ."},
             {"activating": ["a", 3]},

@@ -145,6 +145,29 @@ def test_page_is_self_contained_and_its_policy_allows_its_own_blocks_alone(
     assert "Permission is hereby granted" in script
 
 
+def test_ids_that_repeat(tmp_path: Path, model: LanguageModel) -> None:
+    """As document ids do: a context is found in its own text."""
+    lines = [
+        "The cat sat",
+        "Monday the cat ran on the big red mat and the rug",
+        "sun",
+        "one two three , a dog .",
+    ]
+    samples = [Sample(f"doc{i // 2}", text, "xy"[i // 2]) for i, text in enumerate(lines)]
+    run = Run.collect(tmp_path / "run", model, samples, "0", sink_threshold=None)
+    list(run.fit([0], 3, max_iter=5, keep=0.2))
+    contexts = [c for row in written(run, model).data["layers"][0]["features"] for c in row["contexts"]]
+    assert contexts
+    corpus = run.store().corpus
+    for context in contexts:
+        tokens = corpus.tokens_of(corpus.sample_ids.index(context["sample"]))
+        spelled = "".join(context["pieces"])
+        assert (
+            context["pieces"][context["at"]].strip() == model.token_text(tokens[context["position"]]).strip()
+        )
+        assert spelled.strip() in lines[corpus.sample_ids.index(context["sample"])] or "<unk>" in spelled
+
+
 def test_hostile_texts_stay_data(run: Run, model: LanguageModel) -> None:
     features = run.features(0, model)
     token = dataclasses.replace(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -484,6 +485,24 @@ class TestTrial:
         with pytest.raises(ValueError, match="at least two labels"):
             Trial.open(run, model, PLAN)
 
+    def test_equal_texts_are_on_one_side(self, model: LanguageModel, tmp_path: Path) -> None:
+        """Random labels say nothing: what detects them had seen the held-out texts."""
+        samples = planted_samples(18)
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
+        once = [replace(one, label=samples[i].label) for one, i in zip(samples, order, strict=True)]
+        twice = [*once, *(replace(one, id=f"{one.id} again", text=one.text + " ") for one in once)]
+        run = Run.collect(tmp_path / "run", model, twice, "0")
+        plan = replace(PLAN, against=("diffmeans",))
+        trial = Trial.open(run, model, plan, steering=False)
+        assert torch.equal(trial.train[: len(once)], trial.train[len(once) :])
+        # One that was made when equal texts were divided like others.
+        path = run.path / "eval" / "plan.json"
+        there = json.loads(path.read_text())
+        assert there.pop("equal_texts") == len(once)
+        path.write_text(json.dumps(there))
+        with pytest.raises(ValueError, match=f"equal_texts = 0, not {len(once)}; use --overwrite"):
+            Trial.open(run, model, plan, steering=False)
+
     def test_unknown_concept(self, trial: Trial) -> None:
         with pytest.raises(ValueError, match="'ships' is no label"):
             next(trial.steer(0, [Words()], ("ships",)))
@@ -599,6 +618,43 @@ class TestDetection:
         assert 0.92 < inside / 400 < 0.98
         assert Interval.of(torch.tensor([3.0])).value == 3
         assert math.isnan(Interval.of(torch.tensor([3.0])).low)
+
+    @pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 1.0), (-4.0, 4.0)])
+    def test_intervals_lie_within_the_bounds(self, bounds: tuple[float, float]) -> None:
+        low, high = bounds
+        for shares in (
+            [0.0, 0.66],
+            [0.97, 1.0],
+            [1.0, 1.0, 0.4],
+            [1.0, 1.0],
+            [0.0, 0.0, 0.0],
+            [0.5] * 19 + [1.0],
+        ):
+            value = Interval.of(low + (high - low) * torch.tensor(shares), bounds)
+            assert low <= value.low <= value.value <= value.high <= high
+            assert (value.low < value.high) == (len(set(shares)) > 1)
+
+    def test_intervals_of_few_near_a_bound(self) -> None:
+        """They hold the true mean more often than those that do not know the bound."""
+        values = torch.from_numpy(np.random.default_rng(0).beta(20, 1, (600, 8)))
+        inside = [
+            sum(one.low <= 20 / 21 <= one.high for one in (Interval.of(row, bounds) for row in values))
+            for bounds in ((0, 1), None)
+        ]
+        assert 0.9 * 600 < inside[0] < 0.97 * 600
+        assert inside[0] > inside[1] + 6
+
+    def test_share_intervals(self) -> None:
+        value = Interval.of_share(torch.tensor([True, True, True]))
+        assert value.value == value.high == 1
+        assert 0.3 < value.low < 0.6
+
+    def test_bounded_means_have_intervals_within_their_bounds(self, trial: Trial) -> None:
+        """With three concepts, near 1."""
+        for row in summarise(trial.detect(0)):
+            for one in (row.auroc, row.hard_auroc, row.probe_accuracy, row.detected):
+                assert math.isnan(one.low) or 0 <= one.low <= one.high <= 1
+            assert row.lead is None or -1 <= row.lead.low <= row.lead.high <= 1
 
     def test_intervals(self) -> None:
         value = Interval.of(torch.tensor([0.0, 1.0] * 50 + [float("nan")]))

@@ -11,8 +11,8 @@ import torch
 from problems import planted
 
 import snmf_kernels
-from snmf_interp import KChoice, LanguageModel, Sample, match_features, stability_of, suggest_k
-from snmf_interp.choosing import KEvidence, _choose, candidates
+from snmf_interp import KChoice, LanguageModel, Sample, choosing, match_features, stability_of, suggest_k
+from snmf_interp.choosing import KEvidence, _choose, _held_out, candidates
 from snmf_interp.refits import choose_k, other_starts
 from snmf_interp.runs import Run
 from snmf_interp.stability import stability
@@ -242,6 +242,29 @@ class TestRuns:
         seeds: list[int] = []
         other_starts(run, 0, 4, before=seeds.append)
         assert seeds == [2, 3]
+
+    def test_equal_texts_are_held_out_together(
+        self, tmp_path: Path, make_model: Callable[..., LanguageModel], samples: list[Sample],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        twice = [*samples, *(Sample(f"{one.id} again", one.text.replace(" ", "  ")) for one in samples)]
+        run = Run.collect(tmp_path / "twice", make_model(), twice, "0", sink_threshold=None)
+        masks: list[torch.Tensor] = []
+
+        def held_out(*arguments: Any) -> torch.Tensor:
+            masks.append(_held_out(*arguments))
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(choosing, "_held_out", held_out)
+        with pytest.raises(KeyboardInterrupt):
+            choose_k(run, 0, [2], {})
+        text_of = run.store().samples(0)
+        held, trained = (set(text_of[mask].tolist()) for mask in (masks[0], ~masks[0]))
+        assert held
+        assert trained
+        assert not held & trained
+        n = len(samples)
+        assert held == {(text + n) % (2 * n) for text in held}
 
     def test_evidence_is_kept(self, run: Run) -> None:
         options = {"max_iter": 5, "keep": 0.2, "seed": 1}
