@@ -133,20 +133,25 @@ class Run:
         """Whether ``layer`` has been factorised."""
         return str(layer) in self.config["layers"] and self.factors_path(layer).is_file()
 
-    def parse_layers(self, layers: str | None) -> list[int]:
-        """Collected layers named by ``"0-3,6"``, hook names of either naming, or ``"all"``/None.
+    def parse_layers(self, layers: str | int | Iterable[int | str] | None) -> list[int]:
+        """Collected layers named by ``"0-3,6"``, hook names of either naming, a number, a list, or ``"all"``/None.
 
         Raises:
             ValueError: a part cannot be read, or names a layer that was not collected.
         """
-        if layers is None or layers.strip() == "all":
+        if layers is None:
             return self.layers
+        parts = (
+            layers.split(",") if isinstance(layers, str) else [layers] if isinstance(layers, int) else layers
+        )
         names = {name: int(layer) for layer, pair in self.config["hook_names"].items() for name in pair}
         have = ", ".join(map(str, self.layers))
         found: set[int] = set()
-        for part in filter(None, (part.strip() for part in layers.split(","))):
+        for part in filter(None, (str(part).strip() for part in parts)):
             first, _, last = part.partition("-")
-            if part in names:
+            if part == "all":
+                found.update(self.layers)
+            elif part in names:
                 found.add(names[part])
             elif first.isdigit() and (last.isdigit() or "-" not in part):
                 found.update(range(int(first), int(last or first) + 1))
@@ -166,7 +171,7 @@ class Run:
 
     def fit(
         self,
-        layers: Sequence[int],
+        layers: str | int | Iterable[int | str] | None,
         k: int,
         *,
         overwrite: bool = False,
@@ -177,7 +182,7 @@ class Run:
         """Factorise layers one after another; a layer that has the same options already is not fitted again.
 
         Args:
-            layers: which.
+            layers: see :meth:`parse_layers`.
             k: features per layer.
             overwrite: replace factorisations that were made with other options.
             before_layer: called with each layer that is going to be fitted.
@@ -196,9 +201,10 @@ class Run:
         from .features import mean_active
 
         wanted = {"k": k, **options}
-        todo = [layer for layer in layers if not self._has(layer, wanted, overwrite)]
+        chosen = self.parse_layers(layers)
+        todo = [layer for layer in chosen if not self._has(layer, wanted, overwrite)]
         store = self.store() if todo else None
-        for layer in layers:
+        for layer in chosen:
             if layer not in todo or store is None:
                 yield layer, self.config["layers"][str(layer)] | {"reused": True}
                 continue

@@ -199,7 +199,7 @@ class ActivationStore:
     def _check(self, layer: int) -> None:
         if layer not in self.layers:
             have = ", ".join(map(str, self.layers))
-            raise ValueError(f"layer {layer} was not collected; this store has {have}")
+            raise ValueError(f"layer {layer!r} was not collected; this store has {have}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ def run(tmp_path: Path, make_model: Maker, samples: list[Sample]) -> Run:
     return Run.collect(tmp_path / "run", make_model(), samples, "0,2", texts="here", batch_size=4)
 
 
-def fit(run: Run, layers: list[int], k: int = 4, **options: Any) -> dict[int, dict[str, Any]]:
+def fit(run: Run, layers: Any, k: int = 4, **options: Any) -> dict[int, dict[str, Any]]:
     return dict(run.fit(layers, k, max_iter=5, **options))
 
 
@@ -128,6 +128,12 @@ def test_what_is_not_there(run: Run, tmp_path: Path) -> None:
 )
 def test_layers(run: Run, layers: str | None, expected: list[int]) -> None:
     assert run.parse_layers(layers) == expected
+
+
+@pytest.mark.parametrize("layers", [2, [2], "2", ["blocks.2.mlp.hook_post"], (layer for layer in (2,))])
+def test_layers_to_fit_as_they_come(run: Run, layers: Any) -> None:
+    assert list(fit(run, layers)) == [2]
+    assert Run.open(run.path).fitted == [2]
 
 
 @pytest.mark.parametrize(
