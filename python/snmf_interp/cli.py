@@ -73,7 +73,8 @@ def _main_options(
     )
     logging.getLogger("snmf_interp").setLevel(logging.DEBUG if debug else logging.INFO)
     if debug:
-        for noisy in ("urllib3", "filelock", "httpx", "httpcore", "torch"):
+        # Those of openai name the addresses that are asked, with the keys that may stand in them.
+        for noisy in ("urllib3", "filelock", "httpx", "httpx2", "httpcore", "httpcore2", "openai", "torch"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

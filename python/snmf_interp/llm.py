@@ -18,6 +18,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from tqdm import tqdm
 
 from . import files
 from .answers import Answer, Request, Usage, quoted
+from .endpoint_keys import TRANSPORT, Address, Secrets, checked_key, keys_in
 
 if TYPE_CHECKING:
     import openai
@@ -37,6 +39,11 @@ logger = logging.getLogger(__name__)
 
 # Seconds until a host that does not answer counts as one where nothing listens.
 _CONNECT = 10.0
+# What endpoints call an account that has nothing left, which may come as 429 and is no matter of waiting.
+_NO_CREDIT = frozenset(
+    ("insufficient_quota", "insufficient_balance", "insufficient_credits", "billing_hard_limit_reached",
+     "billing_not_active")
+)  # fmt: skip
 
 
 class _CachedModel(ABC):
@@ -50,13 +57,14 @@ class _CachedModel(ABC):
         self.name, self.origin = name, origin
         self.usage = Usage()
         self._cache = None if cache is None else Path(cache)
+        self._secrets = Secrets()
         self._progress = sys.stderr.isatty() if progress is None else progress
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
         """One answer for each request, in their order; a failed one is missing, with its reason.
 
         Raises:
-            ValueError: the endpoint refuses every request (wrong key, no such model).
+            ValueError: the endpoint refuses every request (wrong key, no such model, no credit left).
             ConnectionError: nothing answers at the endpoint.
             TimeoutError: it takes longer than it is given, again and again.
         """
@@ -67,7 +75,8 @@ class _CachedModel(ABC):
 
             def take(key: str, answer: Answer, raw: Mapping[str, Any] | None = None) -> None:
                 if self._cache is not None and raw is not None and answer.text is not None:
-                    record = {"origin": self.origin, "request": self._sent(wanted[key]), "response": raw}
+                    sent = self._secrets.hide_in(self._sent(wanted[key]))
+                    record = {"origin": self.origin, "request": sent, "response": raw}
                     files.write_json(self._path(key), record)
                 answers[key] = answer
                 self.usage = self.usage.plus(answer)
@@ -125,8 +134,10 @@ class OpenAIModel(_CachedModel):
 
     Args:
         model: its name at the endpoint; by default ``SNMF_LLM_MODEL``.
-        base_url: such as ``http://localhost:8000/v1``; by default ``OPENAI_BASE_URL``, else OpenAI's own.
+        base_url: such as ``http://localhost:8000/v1``; by default ``OPENAI_BASE_URL``, else OpenAI's own. It may
+            have a user and password, and a query, which is sent with every request.
         api_key: by default ``OPENAI_API_KEY``; an endpoint of your own may need none.
+            Keys, this one and those in ``base_url`` and ``parameters``, are in no message, answer or file.
         cache: folder of the answers; None keeps none.
         concurrency: the most requests under way at once.
         max_retries: of one request.
@@ -134,11 +145,12 @@ class OpenAIModel(_CachedModel):
         parameters: fields of the request beside model and messages, also those that OpenAI does not know
             (``top_k``, ``chat_template_kwargs``). They replace the defaults ``{"temperature": 0, "max_tokens": …}``
             (``max_completion_tokens`` at OpenAI's own endpoint); a field that is None is left out, as for models
-            that take no temperature.
+            that take no temperature. ``extra_headers`` and ``extra_query`` are sent, and kept nowhere.
         progress: show a bar on stderr; by default when it is a terminal.
 
     Raises:
-        ValueError: no model or no key is given, or a number is out of range.
+        ValueError: no model or no key is given, a key that no header can carry, a base URL that is none, or a number
+            out of range.
         ModuleNotFoundError: the ``openai`` package is not installed.
     """
 
@@ -155,7 +167,7 @@ class OpenAIModel(_CachedModel):
         parameters: Mapping[str, Any] | None = None,
         progress: bool | None = None,
     ) -> None:
-        name = model or os.environ.get("SNMF_LLM_MODEL")
+        name = model or _setting("SNMF_LLM_MODEL")
         if not name:
             raise ValueError("model: wanted the model's name at the endpoint; give it, or set SNMF_LLM_MODEL")
         for argument, value, least in (("concurrency", concurrency, 1), ("max_retries", max_retries, 0)):
@@ -164,21 +176,30 @@ class OpenAIModel(_CachedModel):
         if not timeout > 0:
             raise ValueError(f"timeout: wanted seconds above 0, got {timeout}")
         _import_openai()
-        self.base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
-        super().__init__(name, self.base_url or "https://api.openai.com/v1", cache=cache, progress=progress)
+        self._address = Address.of(base_url or _setting("OPENAI_BASE_URL") or "https://api.openai.com/v1")
+        super().__init__(name, self._address.shown, cache=cache, progress=progress)
         self.concurrency, self.max_retries, self.timeout = concurrency, max_retries, timeout
-        self.parameters = dict(parameters or {})
         self._timed_out = 0  # in a row
         own = "api.openai.com" not in self.origin
-        key = api_key or os.environ.get("OPENAI_API_KEY") or ("none" if own else None)
-        if key is None:
+        given = ("api_key", api_key) if api_key else ("OPENAI_API_KEY", _setting("OPENAI_API_KEY"))
+        key = checked_key(*given)
+        if not key and not own:
             raise ValueError("api_key: OPENAI_API_KEY is not set; set it, or name an endpoint by base_url")
-        self._api_key = key
+        self._api_key = key or "none"
+        self._fields = dict(parameters or {})
+        self._secrets = Secrets([key, *self._address.secrets, *keys_in(self._fields)])
+        self._transport = {name: self._fields.pop(name) for name in TRANSPORT if name in self._fields}
         # OpenAI's newer models refuse the old name, and many other servers do not know the new one.
         self._length = "max_tokens" if own else "max_completion_tokens"
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The fields of the request that were given, for the record: without keys."""
+        shown: dict[str, Any] = self._secrets.hide_in(self._fields)
+        return shown
+
     def _sent(self, request: Request) -> dict[str, Any]:
-        fields = {"temperature": 0, self._length: request.max_tokens, **self.parameters}
+        fields = {"temperature": 0, self._length: request.max_tokens, **self._fields}
         known = {name: value for name, value in fields.items() if value is not None}
         return {"model": self.name, "messages": request.chat, **known}
 
@@ -209,7 +230,14 @@ class OpenAIModel(_CachedModel):
         # The package would send again what has timed out, so the limit is not the package's.
         limits = openai.Timeout(None, connect=_CONNECT)
         async with openai.AsyncOpenAI(
-            base_url=self.base_url, api_key=self._api_key, max_retries=self.max_retries, timeout=limits
+            base_url=self._address.url,
+            default_query=self._address.query,
+            api_key=self._api_key,
+            max_retries=self.max_retries,
+            timeout=limits,
+            http_client=openai.DefaultAsyncHttpxClient(
+                timeout=limits, event_hooks={"response": [_retry_no_empty_account]}
+            ),
         ) as client:
             workers = [
                 asyncio.create_task(self._work(client, waiting, take, len(requests)))
@@ -232,7 +260,8 @@ class OpenAIModel(_CachedModel):
         """Answer one waiting request after another."""
         openai = _import_openai()
         for key, request in waiting:
-            fields = _known_fields(self._sent(request))
+            fields = _known_fields(self._sent(request)) | self._transport
+            # What is raised has no cause where the cause's text may quote a key.
             try:
                 response: Any = await asyncio.wait_for(client.chat.completions.create(**fields), self.timeout)
             except asyncio.TimeoutError as error:
@@ -240,34 +269,50 @@ class OpenAIModel(_CachedModel):
                 reason = f"time-out: no answer within {self.timeout:g} s"
                 if self._timed_out >= self.concurrency:
                     raise TimeoutError(
-                        f"{client.base_url}: {reason}, {self._timed_out} times in a row; the server is too slow "
+                        f"{self.origin}: {reason}, {self._timed_out} times in a row; the server is too slow "
                         "for what it is asked, or stuck. Give it longer by timeout (--timeout), or ask less at once "
                         "by concurrency (--concurrency)"
                     ) from error
                 take(key, Answer(None, reason))
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
                 raise ValueError(
-                    f"{client.base_url} refuses {self.name!r}: {quoted(error)}; check model, base URL and key"
-                ) from error
+                    f"{self.origin} refuses {self.name!r}: {self._quoted(error)}; check model, base URL and key"
+                ) from None
             except openai.APIConnectionError as error:
-                cause = f" ({quoted(error.__cause__)})" if error.__cause__ else ""
+                cause = f" ({self._quoted(error.__cause__)})" if error.__cause__ else ""
                 # By name: the classes have moved from httpx to httpx2. Nothing listens, and nothing has: rather
                 # say so than collect as many failures as there are requests.
                 refused = type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout")
                 if refused and self.usage.sent == self.usage.failed:
                     raise ConnectionError(
-                        f"{client.base_url}: no connection{cause} after {self.max_retries + 1} tries; "
+                        f"{self.origin}: no connection{cause} after {self.max_retries + 1} tries; "
                         "is the server running, and the base URL right?"
-                    ) from error
+                    ) from None
                 take(key, Answer(None, f"no connection{cause}"))
             except openai.OpenAIError as error:
-                take(key, Answer(None, f"{type(error).__name__}: {quoted(error)}"))
+                if _is_out_of_credit(getattr(error, "status_code", None), getattr(error, "body", None)):
+                    raise ValueError(
+                        f"{self.origin} refuses {self.name!r}: {self._quoted(error)}; the account has no credit "
+                        "left: add some, or ask another endpoint by base_url (--base-url)"
+                    ) from None
+                reason = f"{type(error).__name__}: {self._quoted(error)}"
+                if name := _refused_field(error, self._sent(request)):
+                    reason += f"; leave {name} out by parameters={{{name!r}: None}} (--parameter {name}=null)"
+                take(key, Answer(None, reason))
             except ValueError as error:
-                take(key, Answer(None, f"the endpoint's answer is not JSON in UTF-8: {quoted(error)}"))
+                take(key, Answer(None, f"the endpoint's answer is not JSON in UTF-8: {self._quoted(error)}"))
             else:
                 self._timed_out = 0
                 raw = response.model_dump(mode="json") if hasattr(response, "model_dump") else response
-                take(key, self._read(raw), raw)
+                raw = self._secrets.hide_in(raw)
+                answer = self._read(raw)
+                if answer.reason is not None:
+                    answer = dataclasses.replace(answer, reason=self._secrets.hide(answer.reason))
+                take(key, answer, raw)
+
+    def _quoted(self, error: BaseException) -> str:
+        """What an error says, without keys; cut after they are gone, so that no part of one is left."""
+        return quoted(self._secrets.hide(str(error)) or type(error).__name__)
 
 
 class LocalModel(_CachedModel):
@@ -430,6 +475,40 @@ def _known_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     extra = {name: value for name, value in fields.items() if name not in known}
     own = {name: value for name, value in fields.items() if name in known}
     return own | {"extra_body": extra | dict(own.get("extra_body") or {})} if extra else own
+
+
+def _setting(name: str) -> str:
+    """A variable of the environment, without the line end of a file that it may have been read from."""
+    return os.environ.get(name, "").strip()
+
+
+async def _retry_no_empty_account(response: Any) -> None:
+    """Tell the ``openai`` package, which tries every 429 again, where that is in vain."""
+    if response.status_code == 429:
+        try:
+            body = json.loads(await response.aread())
+        except ValueError:
+            return
+        if _is_out_of_credit(response.status_code, body):
+            response.headers["x-should-retry"] = "false"
+
+
+def _is_out_of_credit(status: int | None, body: Any) -> bool:
+    """Whether an error says that the account has nothing left; ``body`` with or without its ``error`` around it."""
+    error = body.get("error", body) if isinstance(body, Mapping) else None
+    codes = (error.get("code"), error.get("type")) if isinstance(error, Mapping) else ()
+    return status == 402 or any(isinstance(code, str) and code in _NO_CREDIT for code in codes)
+
+
+def _refused_field(error: Any, sent: Mapping[str, Any]) -> str | None:
+    """The field of the request that the endpoint does not take, beside model and messages, or None."""
+    if getattr(error, "status_code", None) not in (400, 422):
+        return None
+    fields = [name for name in sent if name not in ("model", "messages")]
+    body = getattr(error, "body", None)
+    if isinstance(body, Mapping) and body.get("param") in fields:
+        return str(body["param"])
+    return next((name for name in fields if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", str(error))), None)
 
 
 def _import_openai() -> Any:

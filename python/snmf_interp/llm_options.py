@@ -59,6 +59,7 @@ def chosen(
     Raises:
         ValueError: options that contradict each other.
     """
+    from .endpoint_keys import Secrets, keys_in
     from .llm import LocalModel, OpenAIModel
 
     parameters = _parameters(parameter)
@@ -74,7 +75,8 @@ def chosen(
         length = parameters.pop("max_tokens", None)
         if parameters or not (length is None or isinstance(length, int)):
             raise ValueError(
-                f"--parameter: a model in this process takes max_tokens=NUMBER alone, got {', '.join(parameter or [])}"
+                "--parameter: a model in this process takes max_tokens=NUMBER alone, got "
+                f"{Secrets(keys_in(_parameters(parameter))).hide(', '.join(parameter or []))}"
             )
         with terminal.waiting(f"loading {local}"):
             return LocalModel.load(local, device=device, cache=cache, max_tokens=length)

@@ -37,6 +37,7 @@ class Endpoint:
         self.received: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.keys: list[str | None] = []
+        self.paths: list[str] = []
         self.now = self.most = 0
         self.lock = threading.Lock()
         self.url = ""
@@ -62,10 +63,11 @@ def serve(answer: Callable[[dict[str, Any], int], Reply]) -> Iterator[Endpoint]:
                 endpoint.received.append(body)
                 endpoint.times.append(time.monotonic())
                 endpoint.keys.append(self.headers.get("Authorization"))
+                endpoint.paths.append(self.path)
                 endpoint.now += 1
                 endpoint.most = max(endpoint.most, endpoint.now)
             try:
-                if self.path != "/v1/chat/completions":
+                if self.path.split("?")[0] != "/v1/chat/completions":
                     reply: Reply = (404, {}, {"error": {"message": f"no {self.path}"}})
                 else:
                     reply = endpoint.answer(body, earlier)

@@ -124,3 +124,26 @@ def test_a_refusing_endpoint_is_one_line(fitted: Path) -> None:  # noqa: F811
     assert result.exit_code == 2
     assert "bad key" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("end", ["", "\r", "\u2026"])
+def test_a_key_is_in_no_file_and_no_output(
+    fitted: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    end: str,
+) -> None:
+    pytest.importorskip("openai")
+    key = "sk-0123456789"
+    monkeypatch.setenv("OPENAI_API_KEY", key + end)
+    page = tmp_path / "page.html"
+    with serve(lambda body, earlier: (400, {}, {"error": {"message": f"not for Bearer {key}"}})) as endpoint:
+        label = snmf("label", fitted, "--layer", 1, "--model", "m", "--base-url", endpoint.url)
+        debugged = snmf("--debug", "label", fitted, "--layer", 1, "--model", "m", "--base-url", endpoint.url)
+    assert label.exit_code == (2 if end == "\u2026" else 1)
+    assert ("OPENAI_API_KEY: wanted printable" if end == "\u2026" else "not for Bearer ***") in label.stderr
+    report = snmf("report", fitted, "-o", page)
+    assert report.exit_code == 0, report.output
+    texts = [label.output, debugged.output, str(debugged.exception), page.read_text(encoding="utf-8")]  # noqa: F811
+    texts += [path.read_text(encoding="utf-8") for path in fitted.rglob("*.json*")]
+    assert not [text for text in texts if key in text]

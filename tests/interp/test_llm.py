@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
 import signal
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -195,6 +198,142 @@ def test_what_no_request_can_mend_ends_the_run(status: int) -> None:
         with pytest.raises(ValueError, match=r"refuses 'fake'.*no such thing.*check model, base URL and key"):
             model(endpoint, concurrency=2).ask(questions(*"abcdefgh"))
         assert len(endpoint.received) <= 2
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (402, {"message": "Insufficient Balance"}),
+        (429, {"message": "You exceeded your current quota", "code": "insufficient_quota"}),
+        (429, {"message": "You exceeded your current quota", "type": "insufficient_quota", "code": None}),
+    ],
+)
+def test_an_account_without_credit_ends_the_run(status: int, error: dict[str, Any]) -> None:
+    with serve(lambda body, earlier: (status, {}, {"error": error})) as endpoint:
+        with pytest.raises(ValueError, match=r"refuses 'fake'.*no credit left"):
+            model(endpoint, concurrency=2, max_retries=6).ask(questions(*"abcdefgh"))
+        # None is asked twice: waiting does not help.
+        assert len(endpoint.received) <= 2
+        assert len(set(endpoint.questions())) == len(endpoint.received)
+
+
+@pytest.mark.parametrize(
+    ("error", "field"),
+    [
+        ({"message": "'temperature' does not support 0 with this model.", "param": "temperature"}, "temperature"),
+        ({"message": "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."}, "max_tokens"),
+        ({"message": "top_k: extra fields not permitted", "param": None}, "top_k"),
+        ({"message": "the prompt's temperature_unit is bad"}, None),
+    ],
+)  # fmt: skip
+def test_a_field_that_the_endpoint_refuses_is_named_with_the_remedy(
+    error: dict[str, Any], field: str | None
+) -> None:
+    def answer(body: dict[str, Any], earlier: int) -> Reply:
+        return (400, {}, {"error": error}) if field is None or field in body else echo(body, earlier)
+
+    with serve(answer) as endpoint:
+        (refused,) = model(endpoint, parameters={"top_k": 5}).ask(questions("a"))
+        assert refused.reason is not None
+        if field is None:
+            assert "--parameter" not in refused.reason
+            return
+        assert f"(--parameter {field}=null)" in refused.reason
+        (answered,) = model(endpoint, parameters={"top_k": 5, field: None}).ask(questions("a"))
+        assert answered.text == "A"
+
+
+class TestKeys:
+    KEY = "sk-test-4f/8+a=1b2c3d"
+
+    def everything(self, asker: OpenAIModel, folder: Path) -> str:
+        """What a user may come to see: answers, the error, the cache, and the record of labels."""
+        try:
+            said = str(asker.ask(questions("a", "b")))
+        except (ValueError, ConnectionError) as error:
+            said = "".join(traceback.format_exception(error))
+        kept = "".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.json"))
+        return said + kept + json.dumps(asker.parameters) + asker.origin
+
+    def test_space_around_settings_is_no_part_of_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with serve(echo) as endpoint:
+            monkeypatch.setenv("OPENAI_BASE_URL", f"{endpoint.url}\r\n")
+            monkeypatch.setenv("OPENAI_API_KEY", f" {self.KEY}\r\n")
+            monkeypatch.setenv("SNMF_LLM_MODEL", "fake\r")
+            assert OpenAIModel().ask(questions("a"))[0].text == "A"
+            OpenAIModel(api_key=f"{self.KEY}\n").ask(questions("a"))
+            assert endpoint.keys == [f"Bearer {self.KEY}"] * 2
+            assert endpoint.received[0]["model"] == "fake"
+
+    @pytest.mark.parametrize("wrong", ["\u2026", "\r", "\u200b", "\x00", "ü"])
+    def test_a_key_that_no_header_can_carry_is_refused(
+        self, wrong: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        key = f"sk-first{wrong}second"
+        with pytest.raises(
+            ValueError, match=r"api_key: wanted printable ASCII.*as character 9 of 15"
+        ) as caught:
+            OpenAIModel("m", api_key=key)
+        if wrong != "\x00":  # which no environment can have
+            monkeypatch.setenv("OPENAI_API_KEY", key)
+            with pytest.raises(ValueError, match="OPENAI_API_KEY: wanted printable ASCII"):
+                OpenAIModel("m")
+        for part in ("first", "second", wrong):
+            assert part not in str(caught.value)
+
+    @pytest.mark.parametrize("place", ["key", "user", "query", "header", "body"])
+    @pytest.mark.parametrize("status", [200, 400, 401, 402, 500, "page", "address"])
+    def test_no_key_is_shown_or_kept(self, place: str, status: int | str, tmp_path: Path) -> None:
+        """The worst endpoint: it repeats whatever it was sent, in every spelling."""
+
+        def answer(body: dict[str, Any], earlier: int) -> Reply:
+            said = f"you sent {self.KEY} or {quote(self.KEY, safe='')} or {self.KEY.encode()!r}, {body}"
+            if status == "page":
+                return 200, {"Content-Type": "text/html"}, f"<html>{said}".encode()
+            if status == 200:
+                return completion(said, system_fingerprint=self.KEY)
+            return int(status), {}, {"error": {"message": "x" * 150 + said, "param": self.KEY}}
+
+        with serve(answer) as endpoint:
+            url = "http://" if status == "address" else endpoint.url
+            options: dict[str, Any] = {"key": {"api_key": self.KEY}}.get(place, {})
+            if place == "user":
+                options["base_url"] = url.replace("http://", f"http://me:{quote(self.KEY, safe='')}@")
+            elif place == "query":
+                options["base_url"] = f"{url}?api_key={quote(self.KEY, safe='')}"
+            elif place == "header":
+                options["parameters"] = {"extra_headers": {"api-key": f"Token {self.KEY}"}}
+            elif place == "body":
+                options["parameters"] = {"metadata": {"api_key": self.KEY}}
+            if status == "address" and place in ("user", "query"):
+                with pytest.raises(ValueError, match="base_url: wanted an address") as refused:
+                    model(endpoint, **options)
+                shown = str(refused.value)
+            else:
+                shown = self.everything(model(endpoint, cache=tmp_path, max_retries=0, **options), tmp_path)
+                assert endpoint.received
+        assert self.KEY not in shown
+        assert quote(self.KEY, safe="") not in shown
+        assert "4f/8" not in shown
+
+    def test_user_and_query_of_an_address_are_sent(self) -> None:
+        with serve(echo) as endpoint:
+            with_user = endpoint.url.replace("http://", "http://me:p%40ss@")
+            assert model(endpoint, base_url=with_user).ask(questions("a"))[0].text == "A"
+            assert endpoint.keys == [f"Basic {base64.b64encode(b'me:p@ss').decode()}"]
+            assert (
+                model(endpoint, base_url=f"{endpoint.url}?version=2").origin == f"{endpoint.url}?version=***"
+            )
+            model(endpoint, base_url=f"{endpoint.url}?version=2").ask(questions("a"))
+            assert endpoint.paths[-1] == "/v1/chat/completions?version=2"
+
+    def test_a_key_that_is_a_word_is_left_in_answers(self) -> None:
+        with serve(lambda *_: completion("the EMPTY set")) as endpoint:
+            asker = model(endpoint, api_key="EMPTY")
+            assert asker.ask(questions("a"))[0].text == "the EMPTY set"
+        with serve(lambda *_: (400, {}, {"error": {"message": "no EMPTY, but EMPTYING"}})) as endpoint:
+            (refused,) = model(endpoint, api_key="EMPTY").ask(questions("a"))
+            assert "no ***, but EMPTYING" in str(refused.reason)
 
 
 def test_nothing_listens() -> None:
