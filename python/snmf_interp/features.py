@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,10 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import regex
 import torch
 from torch import Tensor
 
-from . import files
+from . import decoding, files
 from .concepts import average_precision, chance_precision, text_scores
 from .dictionaries import random_group_vectors
 from .effects import AGREES, WordEffects, lens_logits
@@ -68,12 +68,15 @@ class TokenInContext:
 
     @property
     def word(self) -> str:
-        """The whole word that the token is a piece of: ``Lisbon`` for ``bon``, ``1710`` for ``1``."""
-        if not (self.token[:1].isalnum() or self.token[-1:].isalnum()):
-            return self.token.strip()
-        head = re.search(r"\w*$", self.before) if self.token[:1].isalnum() else None
-        tail = re.match(r"\w*", self.after) if self.token[-1:].isalnum() else None
-        return f"{head[0] if head else ''}{self.token.strip()}{tail[0] if tail else ''}"
+        """The whole word that the token is a piece of: ``Lisbon`` for ``bon``, ``1710`` for ``1``.
+
+        A lone space, which some tokenizers cut off a number, stands for the word behind it.
+        """
+        # Of regex, for which vowel signs are a part of the word, as they are in Hindi or Thai.
+        blank = not self.token.strip(" ")
+        head = "" if blank or not regex.match(r"\w", self.token) else regex.search(r"\w*$", self.before)[0]
+        tail = regex.match(r"\w*", self.after)[0] if blank or regex.search(r"\w$", self.token) else ""
+        return f"{head}{self.token.strip()}{tail}"
 
 
 @dataclass(frozen=True)
@@ -304,7 +307,9 @@ def token_in_context(
     """The token at a place of the store's corpus with ``window`` tokens of context on each side."""
     corpus = store.corpus
     before, token, after = corpus.context(place, window)
-    left, middle, right = _split_text(model, [i for i in before if i not in model.special_ids], token, after)
+    left, middle, right = decoding.split_text(
+        model.tokenizer, [i for i in before if i not in model.special_ids], token, after
+    )
     sample = int(corpus.sample_of[place])
     position = place - int(corpus.offsets[sample])
     end = int(corpus.offsets[sample + 1])
@@ -358,12 +363,15 @@ def read_features(path: Path) -> list[Feature]:
 
 
 def visible(text: str) -> str:
-    """``text`` with line breaks, control characters and unusual spaces spelled out: it stays on its line."""
+    """``text`` with line breaks, control characters and unusual spaces spelled out: it stays on its line.
+
+    What joins or parts letters, as within Persian words and emoji, stays as it is.
+    """
     return "".join(_escape(character) for character in text)
 
 
 def _escape(character: str) -> str:
-    if character == " " or unicodedata.category(character) not in (
+    if character in " \u200c\u200d" or unicodedata.category(character) not in (
         "Cc",
         "Cf",
         "Co",
@@ -393,29 +401,6 @@ def _strongest(strength: Tensor, text_of: Tensor, count: int, one_per_text: bool
             seen.add(text)
             chosen.append(column)
     return chosen
-
-
-def _split_text(
-    model: LanguageModel, before: list[int], token: int, after: list[int]
-) -> tuple[str, str, str]:
-    """Text before, at and after a token.
-
-    Decoding the whole and cutting it keeps the spaces and multi-byte characters that pieces decoded alone
-    would lose. Where a character straddles the token, the pieces are shown one by one.
-    """
-
-    def decode(ids: list[int]) -> str:
-        text: str = model.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        return text
-
-    left, upto, whole = decode(before), decode([*before, token]), decode([*before, token, *after])
-    if upto.startswith(left) and whole.startswith(upto) and "\ufffd" not in whole:
-        return left, upto[len(left) :], whole[len(upto) :]
-    return (
-        "".join(map(model.token_text, before)),
-        model.token_text(token),
-        "".join(map(model.token_text, after)),
-    )
 
 
 def _lens(

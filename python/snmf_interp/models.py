@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from snmf_kernels import _checks
 
-from . import gguf_models
+from . import decoding, gguf_models
 from .texts import whole_text
 
 # A document separator that many families were pretrained with, each document behind one of these. Their
@@ -279,13 +279,8 @@ class LanguageModel:
         return ids[:max_tokens]
 
     def token_text(self, token_id: int) -> str:
-        """One token as text with its leading space; a piece of a character as the tokenizer spells it."""
-        piece: str = self.tokenizer.convert_ids_to_tokens([int(token_id)])[0] or ""
-        # Decoding one SentencePiece token alone may drop the space that tells ' day' from 'day'.
-        if "▁" in piece:
-            return piece.replace("▁", " ")
-        text: str = self.tokenizer.decode([int(token_id)], clean_up_tokenization_spaces=False)
-        return piece if "\ufffd" in text else text
+        """One token as text with its leading space; U+FFFD stands for a piece of a character."""
+        return decoding.token_text(self.tokenizer, token_id)
 
     def fingerprint(self) -> str:
         """A short hash of the parameters: see :func:`fingerprint`."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import regex
 import torch
 from rich import box
 from rich.console import Console, Group
@@ -20,7 +21,7 @@ from .features import visible
 from .generation import Continuation, generate
 from .steering import Intervention, steer
 from .strengths import PROMPTS, Strength, solve_strengths
-from .words import is_function_word
+from .words import is_function_word, is_letters
 
 if TYPE_CHECKING:
     from .features import Feature
@@ -291,18 +292,21 @@ def _show(
         screen.print(table)
 
 
-def _own_words(feature: Feature | None) -> re.Pattern[str] | None:
-    """What the feature fires on and, measured, makes likelier; function words are left out, as in every text."""
+def _own_words(feature: Feature | None) -> Any:
+    """A pattern of what the feature fires on and, measured, makes likelier, or None.
+
+    Function words and short ones are left out, for they are in every text.
+    """
     if feature is None:
         return None
     raised = feature.effects.raised if feature.effects is not None else ()
     words = {word.strip() for word, _ in (*feature.words, *raised)}
-    own = (word for word in sorted(words) if len(word) > 3 and word.isalpha() and not is_function_word(word))
+    own = (word for word in sorted(words) if len(word) > 3 and is_letters(word) and not is_function_word(word))
     chosen = "|".join(map(re.escape, own))
-    return re.compile(rf"\b(?:{chosen})\b", re.IGNORECASE) if chosen else None
+    return regex.compile(rf"\b(?:{chosen})\b", regex.IGNORECASE) if chosen else None
 
 
-def _text(continuation: Continuation, own: re.Pattern[str] | None, *, marks: bool) -> Text:
+def _text(continuation: Continuation, own: Any, *, marks: bool) -> Text:
     """A continuation with the feature's own words in colour, or in ‹ ›. It is text of a model: never markup."""
     plain = visible(continuation.text.strip(" ")) or "(it ends the text here)"
     if own is None:

@@ -2,8 +2,8 @@
 
 Words are counted at the feature's strongest tokens, and in their contexts, and compared with the whole corpus
 by log-odds with an informative Dirichlet prior (Monroe, Colaresi & Quinn 2008, "Fightin' Words", Political
-Analysis 16(4), section 3.5.1). Runs of letters and digits count as words, so text of scripts without spaces
-is not divided well.
+Analysis 16(4), section 3.5.1). Runs of letters and digits count as words, vowel signs with their letters, so text of
+scripts without spaces is not divided well.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import regex
+
 if TYPE_CHECKING:
     from .features import Feature, TokenInContext
     from .models import LanguageModel
     from .store import ActivationStore
 
 # Of the method below; goes into the record of a run.
-VERSION = 1
-# A word with its apostrophes, or one mark.
-_WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
+VERSION = 2
+# A word with its apostrophes, or one mark, as people see it: an emoji with its modifiers is one.
+_WORD = regex.compile(r"\w+(?:['’]\w+)*|(?=[^\w\s])\X")
+_LETTERS = regex.compile(r"[\p{Letter}\p{Mark}\p{Join_Control}]+")
 # What the prior weighs, in words of the feature: as much as the tokens of a feature and their contexts.
 _PRIOR = 500.0
 # Standard deviations from which a word is listed. Function words and marks stand at many tokens of every late
@@ -58,7 +61,13 @@ class Word:
 
 def split_words(text: str) -> list[str]:
     """The words and marks of a text, as they are written."""
-    return _WORD.findall(text)
+    found: list[str] = _WORD.findall(text)
+    return found
+
+
+def is_letters(text: str) -> bool:
+    """Whether a text is letters alone, with the vowel signs and accents that they have."""
+    return _LETTERS.fullmatch(text) is not None
 
 
 def count_words(texts: Iterable[str]) -> Counter[str]:
@@ -197,7 +206,7 @@ def output_words(feature: Feature, corpus: Mapping[str, float], *, count: int = 
         text = token.strip()
         key = text.casefold()
         whole = token[:1].isspace() or key in corpus
-        if text.isalpha() and len(text.encode()) > 2 and whole and not is_function_word(key):
+        if is_letters(text) and len(text.encode()) > 2 and whole and not is_function_word(key):
             words.setdefault(key, Word(text, value, False))
     return list(words.values())[:count]
 

@@ -253,10 +253,16 @@ def test_pieces_of_words_and_characters(
     assert replace(token, before="in", token=" Lis", after="bon was").word == "Lisbon"
     assert replace(token, before="1", token="7", after="10.").word == "1710"
     assert replace(token, before="end", token=".", after="Then").word == "."
+    assert replace(token, before="in", token=" ", after="1710, or").word == "1710"
+    assert replace(token, before="in", token=" ", after=", or").word == ""
+    assert replace(token, before="a", token="\n", after="The").word == ""
+    assert replace(token, before="हि", token="न्", after="दी में").word == "हिन्दी"
 
 
 def test_visible() -> None:
     assert visible("a\nb\tc\u200b\u00a0é") == "a\\nb\\tc\\u200b\\u00a0é"
+    for joined in ("می\u200cخواهم", "👨\u200d👩\u200d👧", "❤\ufe0f"):
+        assert visible(joined) == joined
 
 
 class TestAveragePrecision:

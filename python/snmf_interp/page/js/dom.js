@@ -20,7 +20,7 @@ function h(tag, attributes, ...children) {
 }
 
 // Text of a model with line breaks, control and bidirectional characters and odd spaces spelled out.
-const UNSEEN = /[\p{C}\p{Zl}\p{Zp}]|(?! )\p{Zs}/gu;
+const UNSEEN = /(?![\u200c\u200d])[\p{C}\p{Zl}\p{Zp}]|(?! )\p{Zs}/gu;
 const SPELLED = { "\n": "\\n", "\t": "\\t", "\r": "\\r" };
 
 function visible(text) {
