@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import foreign_bars
 from .concepts import text_maxima
 
 if TYPE_CHECKING:
@@ -166,7 +167,8 @@ def train_autoencoder(
             dead_feature_window=200,
             n_batches_for_norm_estimate=max(1, min(100, n // batch_size)),
         )
-        trained = SAETrainer(config, sae, _batches(tokens, batch_size, seed)).fit()
+        with foreign_bars.silenced():
+            trained = SAETrainer(config, sae, _batches(tokens, batch_size, seed)).fit()
     return AutoencoderDictionary(trained.eval(), scale=neuron_scale)
 
 

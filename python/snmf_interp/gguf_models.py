@@ -68,13 +68,19 @@ def converted_folder(path: Path, name: str | None = None) -> tuple[Path, str]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars inside the block, and put its setting back."""
+    """Silence transformers' progress bars inside the block, and put its setting back.
+
+    Some of them are its own, and some are plain ones of tqdm.
+    """
     from transformers.utils import logging as hf_logging
+
+    from . import foreign_bars
 
     was_on = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        yield
+        with foreign_bars.silenced():
+            yield
     finally:
         if was_on:
             hf_logging.enable_progress_bar()
