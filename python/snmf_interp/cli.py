@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.metadata
+import inspect
 import logging
-import os
+import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar, cast, get_args, get_type_hints
 
 import typer
 from rich.logging import RichHandler
@@ -28,12 +31,15 @@ from . import (
 )
 from .arguments import (
     DeviceOption,
+    LayersOption,
     ModelArgument,
     ModelDtypeOption,
     RevisionOption,
     RunArgument,
     StartOption,
     TrustOption,
+    fitted_layers,
+    one_layer,
 )
 
 if TYPE_CHECKING:
@@ -54,14 +60,22 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _debug = False
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"snmf {importlib.metadata.version('snmf-kernels')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _main_options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and log messages.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit."),
+    ] = False,
 ) -> None:
     global _debug
     _debug = debug
-    # Our own bar and lines say what happens; transformers' conversion bar would run through them.
-    os.environ.setdefault("TQDM_DISABLE", "1")
     handler = RichHandler(
         console=terminal.errors(), show_time=False, show_path=False, show_level=debug, rich_tracebacks=False
     )
@@ -78,10 +92,26 @@ def _main_options(
             logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def _command(name: str) -> Callable[[Function], Function]:
+class _Command(typer.core.TyperCommand):
+    """A command that knows an option by its former name too, which its help does not show."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As of the library."""
+        known = [
+            f"--layers{arg.removeprefix('--layer')}" if arg.partition("=")[0] == "--layer" else arg
+            for arg in args
+        ]
+        return super().parse_args(ctx, known)
+
+
+def _command(name: str, **renamed: str) -> Callable[[Function], Function]:
     """Register a command whose errors are one line on stderr.
 
     The exit code is 2 for bad input, 1 for a failure, 130 for Ctrl-C.
+
+    Args:
+        name: of the command.
+        renamed: arguments of Python functions that the command has under another name: ``{"sizes": "--levels"}``.
     """
 
     def register(function: Function) -> Function:
@@ -99,16 +129,35 @@ def _command(name: str) -> Callable[[Function], Function]:
                 if _debug:
                     raise
                 bad_input = isinstance(error, ValueError | TypeError | FileNotFoundError | ImportError)
-                message = " ".join(str(error).split()) or type(error).__name__
+                message = _as_typed(" ".join(str(error).split()), function, renamed) or type(error).__name__
                 kind = "error" if bad_input else f"error: {type(error).__name__}"
                 terminal.errors().print(Text.assemble((f"{kind}: ", "bold red"), message), soft_wrap=True)
                 if not bad_input:
                     terminal.errors().print(Text("`snmf --debug …` shows where it happened", style="dim"))
                 raise typer.Exit(2 if bad_input else 1) from error
 
-        return cast(Function, app.command(name)(guarded))
+        return cast(
+            Function, app.command(name, cls=_Command, help=_flowing(inspect.getdoc(function) or ""))(guarded)
+        )
 
     return register
+
+
+def _as_typed(message: str, command: Callable[..., Any], renamed: Mapping[str, str]) -> str:
+    """A message that begins with an argument's name, with that of the option by which it was given."""
+    name, colon, rest = message.partition(":")
+    options = dict(renamed)
+    for parameter, hint in get_type_hints(command, include_extras=True).items():
+        for option in (one for one in get_args(hint) if isinstance(one, typer.models.OptionInfo)):
+            named = [part for part in option.param_decls or () if part.startswith("--")]
+            typed = named[0].split("/")[0] if named else f"--{parameter.replace('_', '-')}"
+            options.setdefault(typed.removeprefix("--").replace("-", "_"), typed)
+    return f"{options[name]}:{rest}" if colon and name in options else message
+
+
+def _flowing(text: str) -> str:
+    """A docstring whose paragraphs are of one line each: how they are broken is up to the terminal."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def _saved(arguments: dict[str, Any]) -> str:
@@ -146,7 +195,9 @@ def collect(
             "text or prompt and optionally label; also compressed, as .jsonl.gz. Empty texts are left out.",
         ),
     ],
-    layers: Annotated[str, typer.Option(help="Such as 0-3,6 or all, or hook names: blocks.6.mlp.hook_post.")],
+    layers: Annotated[
+        str, typer.Option(help="Such as 4-6,12 or all, or hook names: blocks.6.mlp.hook_post.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the run. A collection cut short there is resumed.")],
     batch_size: Annotated[int, typer.Option(help="Texts per forward pass.")] = 16,
     max_tokens: Annotated[int, typer.Option(help="Cut longer texts to this many tokens.")] = 512,
@@ -202,7 +253,7 @@ def collect(
         time.perf_counter() - started,
     )
     terminal.counts(screen, run.config)
-    screen.print(Text(f"\nNext: {terminal.command()} fit {out} --k 100"), soft_wrap=True)
+    screen.print(Text(f"\nNext: {terminal.command()} fit {shlex.quote(str(out))} --k 100"), soft_wrap=True)
 
 
 @_command("fit")
@@ -218,7 +269,7 @@ def fit(
         ),
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(help="Such as 0-3,6.", show_default="all that were collected")
+        str | None, typer.Option(help="Such as 4-6,12.", show_default="all that were collected")
     ] = None,
     keep: Annotated[float, typer.Option(help="Fraction of neurons that a feature keeps.")] = 0.01,
     neuron_scale: Annotated[
@@ -297,16 +348,17 @@ def fit(
         records = opened.fit(wanted, sizes.k, overwrite=overwrite, progress=sys.stderr.isatty(), **options)
         for layer, record in records:
             terminal.fitted(screen, layer, record)
-    screen.print(Text(f"\nNext: {terminal.command()} features {run} --layer {wanted[0]}"), soft_wrap=True)
+    screen.print(
+        Text(f"\nNext: {terminal.command()} features {shlex.quote(str(run))} --layers {wanted[0]}"),
+        soft_wrap=True,
+    )
 
 
 @_command("features")
 def features(
     run: RunArgument,
-    layer: Annotated[
-        int | None, typer.Option(help="Which layer.", show_default="every factorised one")
-    ] = None,
-    feature: Annotated[int | None, typer.Option(help="Show one feature in full.")] = None,
+    layers: LayersOption = None,
+    feature: Annotated[int | None, typer.Option(help="Show one feature of one layer in full.")] = None,
     top: Annotated[int, typer.Option(help="Features to list per layer.")] = 10,
     sort: Annotated[str, typer.Option(help="clarity, energy or index.")] = "clarity",
     concept: Annotated[
@@ -346,12 +398,8 @@ def features(
     }
     if sort not in keys:
         raise ValueError(f"--sort: wanted clarity, energy or index, got {sort!r}")
-    if feature is not None and layer is None:
-        raise ValueError("--feature needs --layer")
     opened = Run.open(run)
-    chosen = opened.fitted if layer is None else [layer]
-    if not chosen:
-        raise FileNotFoundError(f"{run} has no factorised layer yet: `snmf fit {run}`")
+    chosen = fitted_layers(opened, layers) if feature is None else [one_layer(opened, layers)]
     screen = terminal.console()
     load = terminal.loader(opened, device)
     for number in chosen:
@@ -406,7 +454,7 @@ def _of_concept(features: list[Feature], concept: str, layer: int) -> list[Featu
     return named
 
 
-@_command("steer")
+@_command("steer", targets="--kl")
 def steer(
     target: Annotated[
         str,
@@ -415,7 +463,10 @@ def steer(
             help="A run with a factorised layer; or a model, to steer by --vector or --neurons.",
         ),
     ],
-    layer: Annotated[int, typer.Option(help="Which layer.")],
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Which layer; one.", show_default="a run's only one; a MODEL has none"),
+    ] = None,
     feature: Annotated[int | None, typer.Option(help="Which feature of the run.")] = None,
     vector: Annotated[
         Path | None, typer.Option(help="Any direction over the layer's neurons, a .npy file.")
@@ -477,10 +528,19 @@ def steer(
     from . import steer_command
     from .runs import ACTIVATIONS, Run
 
-    request = steer_command.Request(
-        layer, feature, vector, neurons, tuple(kl or ()), tuple(strength or ()), negative, both, ablate, clamp
-    )
     opened = Run.open(target) if (Path(target) / ACTIVATIONS).is_dir() else None
+    request = steer_command.Request(
+        steer_command.layer_of(target, opened, layers),
+        feature,
+        vector,
+        neurons,
+        tuple(kl or ()),
+        tuple(strength or ()),
+        negative,
+        both,
+        ablate,
+        clamp,
+    )
     settled = {"--model-dtype": model_dtype, "--revision": revision}
     if opened is not None and (given := [name for name, value in settled.items() if value is not None]):
         raise ValueError(f"{given[0]}: a run's model is loaded as it was collected")
@@ -519,14 +579,14 @@ _command("eval")(eval_command.evaluate)
 _command("report")(report_command.report)
 
 
-_command("tree")(tree_command.tree)
+_command("tree", most="--children")(tree_command.tree)
 
-_command("core")(core_command.core)
+_command("core", n_random="--random", n_controls="--controls", count="--controls")(core_command.core)
 _command("neuron")(provenance_command.neuron)
 _command("overlap")(provenance_command.overlap)
-_command("nearest")(provenance_command.nearest)
-_command("stability")(stability_command.stability)
-_command("compare")(compare_command.compare)
+_command("nearest", count="--top")(provenance_command.nearest)
+_command("stability", count="--seeds")(stability_command.stability)
+_command("compare", n_tokens="--contexts", described="--top")(compare_command.compare)
 
 
 @_command("demo")
@@ -581,11 +641,20 @@ def doctor(
 
 
 def main() -> None:
-    """Entry point of ``snmf``. ``--debug`` may stand anywhere."""
+    """Entry point of ``snmf``. ``--debug`` may stand anywhere.
+
+    A reader who has enough (``| head``) ends the command without a word, with the exit code of the shell's own tools.
+    """
     arguments = sys.argv[1:]
     if "--debug" in arguments:
         arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
-    app(arguments)
+    out, errors = terminal.Pipe(sys.stdout), terminal.Pipe(sys.stderr)
+    with contextlib.redirect_stdout(cast(TextIO, out)), contextlib.redirect_stderr(cast(TextIO, errors)):
+        try:
+            app(arguments)
+        finally:
+            # Little output is still to be written, and then the reader may have gone.
+            out.flush()
 
 
 if __name__ == "__main__":

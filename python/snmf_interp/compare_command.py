@@ -14,7 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 from . import terminal
-from .arguments import DeviceOption, ModelArgument, RevisionOption, RunArgument, TrustOption
+from .arguments import (
+    DeviceOption,
+    LayersOption,
+    ModelArgument,
+    RevisionOption,
+    RunArgument,
+    TrustOption,
+    fitted_layers,
+)
 
 if TYPE_CHECKING:
     from .compare import Difference, FeatureChange
@@ -26,9 +34,7 @@ if TYPE_CHECKING:
 def compare(
     run: RunArgument,
     model: ModelArgument,
-    layer: Annotated[
-        int | None, typer.Option(help="Which layer.", show_default="every factorised one")
-    ] = None,
+    layers: LayersOption = None,
     top: Annotated[int, typer.Option(help="Features to show per layer.")] = 10,
     contexts: Annotated[int, typer.Option(help="Contexts per feature.")] = 2,
     texts: Annotated[
@@ -53,17 +59,15 @@ def compare(
     from .runs import Run
 
     opened = Run.open(run)
-    layers = opened.fitted if layer is None else [layer]
-    if not layers:
-        raise FileNotFoundError(f"{run} has no factorised layer yet: `snmf fit {run}`")
-    factors = {number: opened.factors(number) for number in layers}
+    chosen = fitted_layers(opened, layers)
+    factors = {number: opened.factors(number) for number in chosen}
     screen = terminal.console()
     with terminal.waiting(f"loading {model}"):
         other = _load(opened, model, device, revision, trust_remote_code)
     second = _collected(opened, other, texts, chunk)
     first = opened.store()
     results: dict[int, Difference] = {}
-    for number in layers:
+    for number in chosen:
         with terminal.waiting(f"comparing layer {number}"):
             results[number] = compare_stores(
                 factors[number], first, second, other, number, described=top, n_tokens=contexts

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import terminal
-from .arguments import DeviceOption
+from .arguments import DeviceOption, one_layer
 
 if TYPE_CHECKING:
     from .models import LanguageModel
@@ -41,9 +41,9 @@ def core(
         str,
         typer.Option(help="weekdays, months, seasons, numbers or family; or words such as cat,dog,horse."),
     ] = "weekdays",
-    layer: Annotated[
-        int | None,
-        typer.Option(help="Which layer.", show_default="the run's only one; of a bundled model one"),
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Which layer; one.", show_default="the run's only one; of a bundled model one"),
     ] = None,
     k: Annotated[int, typer.Option(help="Features to fit; a run that is fitted has its own.")] = K,
     neuron_scale: Annotated[
@@ -56,7 +56,7 @@ def core(
             show_default="the fewest that chance does not reach",
         ),
     ] = None,
-    least: Annotated[
+    min_precision: Annotated[
         float, typer.Option(help="Leave out words whose feature has a lower average precision.")
     ] = 0.5,
     kl: Annotated[float, typer.Option(help="Steer to this divergence of the next token, in nats.")] = 0.25,
@@ -92,14 +92,14 @@ def core(
     if neuron_scale not in ("rms", "none"):
         raise ValueError(f"--neuron-scale: wanted rms or none, got {neuron_scale!r}")
     screen = Console(quiet=True) if as_json else terminal.console()
-    opened, layer, load = _opened(screen, target, layer, out, device)
+    opened, layer, load = _opened(screen, target, layers, out, device)
     if not opened.is_fitted(layer):
         scale = None if neuron_scale == "none" else neuron_scale
         with terminal.waiting(f"fitting layer {layer}"):
             for number, record in opened.fit([layer], k, neuron_scale=scale):
                 terminal.fitted(screen, number, record)
     options = {
-        "concepts": concepts, "words": words, "m": m, "least": least, "kl": kl, "random": random,
+        "concepts": concepts, "words": words, "m": m, "min_precision": min_precision, "kl": kl, "random": random,
         "controls": controls, "seed": seed, "fit": opened.config["layers"][str(layer)]["options"],
         "relative_error": opened.config["layers"][str(layer)]["relative_error"],
         "equal_texts": opened.store().corpus.n_equal,
@@ -117,7 +117,7 @@ def core(
 
 
 def _opened(
-    screen: Console, target: str, layer: int | None, out: Path, device: str | None
+    screen: Console, target: str, layers: str | None, out: Path, device: str | None
 ) -> tuple[Run, int, Callable[[], LanguageModel]]:
     """The run, made if ``target`` is a model; its layer; and what loads the model."""
     from .runs import ACTIVATIONS, CONFIG, Run
@@ -127,15 +127,12 @@ def _opened(
     folder = Path(target)
     if (folder / CONFIG).is_file() and (folder / ACTIVATIONS).is_dir():
         opened = Run.open(folder)
-        if layer is None and len(opened.layers) > 1:
-            have = ", ".join(map(str, opened.fitted or opened.layers))
-            raise ValueError(f"--layer: {folder} has several layers ({have}); say which")
-        chosen = opened.layers[0] if layer is None else layer
-        opened.parse_layers(str(chosen))
-        return opened, chosen, terminal.loader(opened, device)
-    if layer is None and target not in LAYERS:
-        raise ValueError(f"--layer: say which layer of {target!r}; only the bundled models have one picked")
-    chosen = LAYERS[target] if layer is None else layer
+        return opened, one_layer(opened, layers), terminal.loader(opened, device)
+    if layers is None and target not in LAYERS:
+        raise ValueError(f"--layers: say which layer of {target!r}; only the bundled models have one picked")
+    if layers is not None and not layers.isdigit():
+        raise ValueError(f"--layers: wanted the number of one layer, got {layers!r}")
+    chosen = LAYERS[target] if layers is None else int(layers)
     folder = out / f"{Path(target).name}-layer-{chosen}"
     terminal.work_in(folder)
     samples = read_texts(NAME)
@@ -192,7 +189,7 @@ def _measured(
     model = load()
     members = {
         word: feature
-        for word, feature in found.members(options["least"]).items()
+        for word, feature in found.members(options["min_precision"]).items()
         if is_single_token(model, word)
     }
     result: dict[str, Any] = {"assignment": asdict(found) | {"held_out": held_out}, "table": None}
@@ -248,10 +245,12 @@ def _show(screen: Console, model: str, layer: int, result: dict[str, Any]) -> No
             style="bold",
         )
     )
-    screen.print(_features(assignment, options["least"], table))
+    screen.print(_features(assignment, options["min_precision"], table))
     if table is None:
-        line = f"fewer than two words have a feature with an average precision of {options['least']:g}"
-        screen.print(Text(f"\n{line}: no group to test (--least, --k, --layer)", style="yellow"))
+        line = (
+            f"fewer than two words have a feature with an average precision of {options['min_precision']:g}"
+        )
+        screen.print(Text(f"\n{line}: no group to test (--min-precision, --k, --layers)", style="yellow"))
         return
     sets = table["sets"]
     screen.print(

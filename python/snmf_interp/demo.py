@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -142,10 +143,10 @@ def _afterword(screen: Console, opened: Run, model: str, layers: list[int]) -> N
         )
     )
     screen.print(Text("Try next", style="bold"))
-    snmf = terminal.command()
+    snmf, folder = terminal.command(), shlex.quote(str(where))
     for command, what in (
-        (f"{snmf} features {where} --layer {best.layer} --feature {best.index}", "one feature in full"),
-        (f"{snmf} features {where} --layer {layers[-1]} --sort energy", "the features that explain most"),
+        (f"{snmf} features {folder} --layers {best.layer} --feature {best.index}", "one feature in full"),
+        (f"{snmf} features {folder} --layers {layers[-1]} --sort energy", "the features that explain most"),
         (f"{snmf} collect {model} YOUR.txt --layers {layers[0]},{layers[-1]} --out my-run", "your own text"),
         (f"{snmf} doctor {model}", "is what we capture what the model computes?"),
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from rich.text import Text
 from tqdm.auto import tqdm
 
 from . import llm_options, terminal, trial_tables
-from .arguments import DeviceOption, RevisionOption, RunArgument, TrustOption
+from .arguments import DeviceOption, RevisionOption, RunArgument, TrustOption, fit_settings
 from .label_eval_command import evaluate_labels
 from .llm_options import (
     BaseUrlOption,
@@ -50,7 +51,16 @@ SaeOption = Annotated[
         help="A published autoencoder too: RELEASE/SAE_ID of SAELens, or a folder; {layer} is filled in."
     ),
 ]
-NeuronScaleOption = Annotated[str, typer.Option(help="Of SNMF: rms or none.")]
+KOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Features, and latents of the autoencoder. Other options of the fit are the run's too.",
+        show_default="the run's, else 100",
+    ),
+]
+NeuronScaleOption = Annotated[
+    str | None, typer.Option(help="Of SNMF: rms or none.", show_default="the run's, else rms")
+]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace a comparison made with other options.")
 ]
@@ -67,7 +77,7 @@ def evaluate(
             show_default="a run's own; of a model those at a third, two thirds and nine tenths",
         ),
     ] = None,
-    k: Annotated[int, typer.Option(help="Features, and latents of the autoencoder.")] = 100,
+    k: KOption = None,
     against: AgainstOption = "diffmeans,neuron,random",
     concepts: Annotated[
         str,
@@ -89,7 +99,7 @@ def evaluate(
         Path | None, typer.Option(help="For a MODEL: the run's folder.", show_default="results/MODEL-eval")
     ] = None,
     sae: SaeOption = None,
-    neuron_scale: NeuronScaleOption = "rms",
+    neuron_scale: NeuronScaleOption = None,
     both_signs: Annotated[
         bool,
         typer.Option(
@@ -146,7 +156,7 @@ def evaluate(
     """
     from . import files
     from .rivals import Plan, Trial
-    from .runs import versions
+    from .runs import ACTIVATIONS, Run, versions
     from .steering_protocol import Protocol
 
     protocol = Protocol(
@@ -156,7 +166,11 @@ def evaluate(
         seed=seed,
         candidates=candidates,
     )
-    plan = Plan(k=k, against=_names(against), sae=sae, fit=_fit(neuron_scale), seed=seed, protocol=protocol)
+    there = Run.open(target) if (Path(target) / ACTIVATIONS).is_dir() else None
+    # A run's own features are not fitted anew.
+    fitted = [] if there is None or labels is not None else there.parse_layers(layers)
+    k, options = _fit(there, fitted, k, neuron_scale)
+    plan = Plan(k=k, against=_names(against), sae=sae, fit=options, seed=seed, protocol=protocol)
     _check_installed(plan)
     opened, model = _opened(target, layers, texts, out, model_dtype, device, revision, trust_remote_code)
     if labels is not None:
@@ -230,18 +244,18 @@ def evaluate(
 
 def detect(
     run: RunArgument,
-    layer: Annotated[
-        str | None, typer.Option(help="Such as 10,20.", show_default="all that were collected")
+    layers: Annotated[
+        str | None, typer.Option(help="Such as 4-6,12.", show_default="all that were collected")
     ] = None,
-    k: Annotated[int, typer.Option(help="Features.")] = 100,
+    k: KOption = None,
     against: AgainstOption = "diffmeans,neuron,random,permuted",
     sae: SaeOption = None,
-    neuron_scale: NeuronScaleOption = "rms",
+    neuron_scale: NeuronScaleOption = None,
     seed: Annotated[int, typer.Option(help="Of the division of texts and the fits.")] = 0,
     model: LlmOption = None,
     base_url: BaseUrlOption = None,
     local: LocalOption = None,
-    limit: Annotated[
+    top: Annotated[
         int, typer.Option(help="With a language model: how many of the clearest features it labels.")
     ] = 50,
     concurrency: ConcurrencyOption = 8,
@@ -264,15 +278,21 @@ def detect(
     from .runs import Run
 
     opened = Run.open(run)
-    chosen = opened.parse_layers(layer)
-    plan = Plan(k=k, against=_names(against), sae=sae, fit=_fit(neuron_scale), seed=seed)
+    chosen = opened.parse_layers(layers)
+    if top < 1:
+        raise ValueError(f"--top: wanted at least 1, got {top}")
+    if model is not None or base_url is not None or local is not None:
+        # Before anything is fitted with options that may not be those of the fit to come.
+        _check_fitted(opened, chosen)
+    k, options = _fit(opened, chosen, k, neuron_scale)
+    plan = Plan(k=k, against=_names(against), sae=sae, fit=options, seed=seed)
     _check_installed(plan)
     loaded = terminal.loader(opened, device)()
     trial = Trial.open(opened, loaded, plan, steering=False, overwrite=overwrite)
     screen = terminal.console()
     llm = llm_options.chosen(opened.answers, model, base_url, local, concurrency, timeout, parameter, device)
     detection = _detect(screen, trial, chosen, quiet=as_json)
-    written = _written(opened, loaded, chosen, llm, limit) if llm is not None else {}
+    written = _written(opened, loaded, chosen, llm, top) if llm is not None else {}
     if as_json:
         content = {
             "layers": {str(number): [asdict(row) for row in rows] for number, rows in detection.items()},
@@ -326,15 +346,33 @@ def _check_installed(plan: Plan) -> None:
         import_sae_lens()
 
 
+def _check_fitted(run: Run, layers: Sequence[int]) -> None:
+    if missing := [layer for layer in layers if not run.is_fitted(layer)]:
+        raise FileNotFoundError(
+            "sentences are written for the features of a run's own fit: "
+            f"`snmf fit {shlex.quote(str(run.path))} --layers {missing[0]}`"
+        )
+
+
 def _names(against: str) -> tuple[str, ...]:
     return tuple(name for part in against.split(",") if (name := part.strip()))
 
 
-def _fit(neuron_scale: str) -> dict[str, Any]:
-    """Options of the fit that are not its defaults."""
-    if neuron_scale not in ("rms", "none"):
+def _fit(
+    run: Run | None, layers: Sequence[int], k: int | None, neuron_scale: str | None
+) -> tuple[int, dict[str, Any]]:
+    """The number of features, and options of the fit that are not the solver's own."""
+    if neuron_scale not in (None, "rms", "none"):
         raise ValueError(f"--neuron-scale: wanted rms or none, got {neuron_scale!r}")
-    return {} if neuron_scale == "rms" else {"neuron_scale": None}
+    given: dict[str, Any] = {} if k is None else {"k": k}
+    if neuron_scale is not None:
+        given["neuron_scale"] = None if neuron_scale == "none" else neuron_scale
+    options: dict[str, Any] = {"k": 100, "neuron_scale": "rms"}
+    options |= ({} if run is None else fit_settings(run, layers, given)) | given
+    if options["neuron_scale"] == "rms":
+        # What a plan says of its own accord.
+        del options["neuron_scale"]
+    return options.pop("k"), options
 
 
 def _concepts(given: str, trial: Trial, seed: int) -> tuple[str, ...]:
@@ -409,24 +447,17 @@ def _steer(
 
 
 def _written(
-    run: Run, model: LanguageModel, layers: Sequence[int], llm: Any, limit: int
+    run: Run, model: LanguageModel, layers: Sequence[int], llm: Any, top: int
 ) -> dict[int, dict[str, Any]]:
     """The paper's test with written sentences, for each factorised layer."""
     from .features import by_clarity
     from .labels import label_features, made_by, write_labels
     from .sentences import detect_sentences, write_sentences
 
-    if limit < 1:
-        raise ValueError(f"--limit: wanted at least 1, got {limit}")
-    missing = [layer for layer in layers if not run.is_fitted(layer)]
-    if missing:
-        raise FileNotFoundError(
-            f"sentences are written for the features of a run's own fit: `snmf fit {run.path} --layers {missing[0]}`"
-        )
     found = {}
     for layer in layers:
         features = sorted(run.features(layer, model), key=by_clarity)
-        labels = label_features(features[:limit], llm, sides=("input",))
+        labels = label_features(features[:top], llm, sides=("input",))
         write_labels(run.labels_folder(layer), labels, made_by(llm, run.features_path(layer)))
         named = [one for one in labels if one.text is not None]
         if not named:

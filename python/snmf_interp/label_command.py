@@ -12,7 +12,7 @@ import typer
 from rich.text import Text
 
 from . import llm_options, terminal
-from .arguments import DeviceOption, RunArgument
+from .arguments import DeviceOption, LayersOption, RunArgument, fitted_layers
 from .llm_options import (
     BaseUrlOption,
     ConcurrencyOption,
@@ -26,25 +26,29 @@ if TYPE_CHECKING:
     from .labels import Label
     from .llm import LocalModel, OpenAIModel
 
+# Features of a layer in the table, where it is not said how many.
+_SHOWN = 20
+
 
 def label(
     run: RunArgument,
-    layer: Annotated[
-        int | None, typer.Option(help="Which layer.", show_default="every factorised one")
-    ] = None,
+    layers: LayersOption = None,
     model: LlmOption = None,
     base_url: BaseUrlOption = None,
     local: LocalOption = None,
     side: Annotated[
         str, typer.Option(help="input (what it fires on), output (what it makes likelier), or both.")
     ] = "both",
-    limit: Annotated[
-        int | None, typer.Option(help="Label only so many of the clearest features.", show_default="all")
+    top: Annotated[
+        int | None,
+        typer.Option(
+            help="Label and show only so many features of a layer, clearest first.",
+            show_default=f"label all, show {_SHOWN}",
+        ),
     ] = None,
     concurrency: ConcurrencyOption = 8,
     timeout: TimeoutOption = 600.0,
     parameter: ParameterOption = None,
-    top: Annotated[int, typer.Option(help="Features to show per layer, clearest first.")] = 20,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a line for every label, instead of a table.")
     ] = False,
@@ -63,13 +67,11 @@ def label(
 
     if side not in (*SIDES, "both"):
         raise ValueError(f"--side: wanted input, output or both, got {side!r}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit: wanted at least 1, got {limit}")
+    if top is not None and top < 1:
+        raise ValueError(f"--top: wanted at least 1, got {top}")
     sides = SIDES if side == "both" else (side,)
     opened = Run.open(run)
-    chosen = opened.fitted if layer is None else [layer]
-    if not chosen:
-        raise FileNotFoundError(f"{run} has no factorised layer yet: `snmf fit {run}`")
+    chosen = fitted_layers(opened, layers)
     llm = llm_options.chosen(opened.answers, model, base_url, local, concurrency, timeout, parameter, device)
     screen = terminal.console()
     load = terminal.loader(opened, device)
@@ -77,7 +79,7 @@ def label(
     asked = 0
     for number in chosen:
         started = time.perf_counter()
-        features = sorted(opened.features(number, load), key=by_clarity)[:limit]
+        features = sorted(opened.features(number, load), key=by_clarity)[:top]
         corpus = opened.words(load) if llm is None else None
         labels = label_features(features, llm, sides=sides, corpus=corpus)
         write_labels(opened.labels_folder(number), labels, made_by(llm, opened.features_path(number)))
@@ -89,7 +91,11 @@ def label(
             continue
         from . import show
 
-        screen.print(show.label_table(features[:top], labels, screen.width, marks=not screen.is_terminal))
+        screen.print(
+            show.label_table(
+                features[: top or _SHOWN], labels, screen.width, marks=not screen.is_terminal
+            )
+        )
         _summary(screen, number, labels, time.perf_counter() - started)
     if llm is not None and not as_json:
         screen.print(Text(_costs(llm), style="dim"), soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -69,7 +70,9 @@ def evaluate_labels(
             "--labels: a label is judged by a language model; give --model, --base-url or --local"
         )
     if not layers:
-        raise FileNotFoundError(f"{run.path} has no factorised layer yet: `snmf fit {run.path}`")
+        raise FileNotFoundError(
+            f"{run.path} has no factorised layer yet: `snmf fit {shlex.quote(str(run.path))}`"
+        )
     labels = {layer: _clearest(run, model, layer, source, count) for layer in layers}
     qualification = llm_options.qualified(llm)
     trial = LabelTrial.open(run, model, protocol, seed=seed, overwrite=overwrite)
@@ -124,6 +127,6 @@ def _clearest(run: Run, model: LanguageModel, layer: int, source: str, count: in
     if not named:
         raise FileNotFoundError(
             f"--labels: layer {layer} of {run.path} has no input-side labels by {source!r}; "
-            f"`snmf label {run.path}` makes some"
+            f"`snmf label {shlex.quote(str(run.path))}` makes some"
         )
     return named[:count]

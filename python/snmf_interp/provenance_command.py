@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,13 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from . import terminal
-from .arguments import DeviceOption, RunArgument
+from .arguments import DeviceOption, OneLayerOption, RunArgument, one_layer
 
 if TYPE_CHECKING:
     from .features import Feature
     from .provenance import FeatureNeurons, Neighbour, PairOverlap, Use
 
-LayerOption = Annotated[int, typer.Option(help="Which layer.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line instead of a table.")]
 DirectionOption = Annotated[
     bool, typer.Option("--direction", help="Also what is written to the residual stream; loads the model.")
@@ -32,7 +32,7 @@ def neuron(
     number: Annotated[
         int | None, typer.Argument(metavar="[NEURON]", help="Show the features that use this neuron.")
     ] = None,
-    layer: LayerOption = ...,  # type: ignore[assignment]
+    layers: OneLayerOption = None,
     feature: Annotated[
         int | None, typer.Option(help="Instead of NEURON: show all neurons of this feature.")
     ] = None,
@@ -54,6 +54,7 @@ def neuron(
     if (number is None) == (feature is None):
         raise ValueError("give a NEURON or --feature, to say what to show, and not both")
     opened = Run.open(run)
+    layer = one_layer(opened, layers)
     factors = opened.factors(layer)
     index = NeuronIndex.of({layer: factors})
     load = terminal.loader(opened, device)
@@ -97,7 +98,7 @@ def overlap(
     run: RunArgument,
     first: Annotated[int, typer.Argument(metavar="FEATURE", help="A feature.")],
     second: Annotated[int, typer.Argument(metavar="FEATURE", help="Another of the same layer.")],
-    layer: LayerOption,
+    layers: OneLayerOption = None,
     direction: DirectionOption = False,
     as_json: JsonOption = False,
     device: DeviceOption = None,
@@ -112,6 +113,7 @@ def overlap(
     from .runs import Run
 
     opened = Run.open(run)
+    layer = one_layer(opened, layers)
     factors = opened.factors(layer)
     load = terminal.loader(opened, device)
     weight = load().output_weight(layer) if direction else None
@@ -133,7 +135,7 @@ def overlap(
 def nearest(
     run: RunArgument,
     feature: Annotated[int, typer.Argument(metavar="FEATURE", help="A feature.")],
-    layer: LayerOption,
+    layers: OneLayerOption = None,
     by: Annotated[
         str,
         typer.Option(
@@ -145,8 +147,9 @@ def nearest(
         Path | None,
         typer.Option(help="Search another run's folder: of the same texts, or (neurons) of the same model."),
     ] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Search these, such as 0-3,6.", show_default="all that are factorised")
+    among: Annotated[
+        str | None,
+        typer.Option(help="Layers to search, such as 4-6,12.", show_default="all that are factorised"),
     ] = None,
     top: Annotated[int, typer.Option(help="Features to show.")] = 10,
     as_json: JsonOption = False,
@@ -164,14 +167,17 @@ def nearest(
     if by not in ("tokens", "direction", "neurons"):
         raise ValueError(f"--by: wanted tokens, direction or neurons, got {by!r}")
     opened = Run.open(run)
+    layer = one_layer(opened, layers)
     searched = opened if other is None else Run.open(other)
     if by != "tokens" and searched.config["model"]["weights"] != opened.config["model"]["weights"]:
         raise ValueError(f"--other: {other} is of another model; features of the two compare by tokens only")
-    numbers = [n for n in searched.parse_layers(layers) if searched.is_fitted(n)]
+    numbers = [n for n in searched.parse_layers(among, name="among") if searched.is_fitted(n)]
     if by == "neurons":
         numbers = [n for n in numbers if n == layer]
     if not numbers:
-        raise ValueError(f"{searched.path} has no factorised layer to search; see `snmf fit {searched.path}`")
+        raise ValueError(
+            f"{searched.path} has no factorised layer to search; see `snmf fit {shlex.quote(str(searched.path))}`"
+        )
     own = opened.factors(layer)
     pool = {n: own if other is None and n == layer else searched.factors(n) for n in numbers}
     load = terminal.loader(opened, device)

@@ -12,6 +12,7 @@ import hashlib
 import importlib.resources
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,9 @@ def write_report(
 
     chosen = run.fitted if layers is None else list(layers)
     if not chosen:
-        raise FileNotFoundError(f"{run.path} has no factorised layer yet: `snmf fit {run.path}`")
+        raise FileNotFoundError(
+            f"{run.path} has no factorised layer yet: `snmf fit {shlex.quote(str(run.path))}`"
+        )
     trees = dict(hierarchy or {})
     if outside := sorted(set(trees) - set(chosen)):
         raise ValueError(f"hierarchy: layer {outside[0]} is not in this report; it has {chosen}")

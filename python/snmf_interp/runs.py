@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -106,7 +107,8 @@ class Run:
         folder = Path(path)
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"{folder}: there is no such folder; make it with `snmf collect MODEL TEXTS --out {folder}`"
+                f"{folder}: there is no such folder; make it with "
+                f"`snmf collect MODEL TEXTS --out {shlex.quote(str(folder))}`"
             )
         if not (folder / CONFIG).is_file():
             # Says whether nothing was begun or something is unfinished.
@@ -133,8 +135,14 @@ class Run:
         """Whether ``layer`` has been factorised."""
         return str(layer) in self.config["layers"] and self.factors_path(layer).is_file()
 
-    def parse_layers(self, layers: str | int | Iterable[int | str] | None) -> list[int]:
+    def parse_layers(
+        self, layers: str | int | Iterable[int | str] | None, *, name: str = "layers"
+    ) -> list[int]:
         """Collected layers named by ``"0-3,6"``, hook names of either naming, a number, a list, or ``"all"``/None.
+
+        Args:
+            layers: which.
+            name: of the argument, for errors.
 
         Raises:
             ValueError: a part cannot be read, or names a layer that was not collected.
@@ -144,23 +152,23 @@ class Run:
         parts = (
             layers.split(",") if isinstance(layers, str) else [layers] if isinstance(layers, int) else layers
         )
-        names = {name: int(layer) for layer, pair in self.config["hook_names"].items() for name in pair}
+        hooks = {hook: int(layer) for layer, pair in self.config["hook_names"].items() for hook in pair}
         have = ", ".join(map(str, self.layers))
         found: set[int] = set()
         for part in filter(None, (str(part).strip() for part in parts)):
             first, _, last = part.partition("-")
             if part == "all":
                 found.update(self.layers)
-            elif part in names:
-                found.add(names[part])
+            elif part in hooks:
+                found.add(hooks[part])
             elif first.isdigit() and (last.isdigit() or "-" not in part):
                 found.update(range(int(first), int(last or first) + 1))
             else:
-                raise ValueError(f"layers: cannot read {part!r}; wanted numbers and ranges among {have}")
+                raise ValueError(f"{name}: cannot read {part!r}; wanted numbers and ranges among {have}")
         if missing := sorted(found - set(self.layers)):
-            raise ValueError(f"layers: {missing[0]} was not collected; this run has {have}")
+            raise ValueError(f"{name}: {missing[0]} was not collected; this run has {have}")
         if not found:
-            raise ValueError(f"layers: {layers!r} names no layer; this run has {have}")
+            raise ValueError(f"{name}: {layers!r} names no layer; this run has {have}")
         return sorted(found)
 
     def store(self) -> ActivationStore:
@@ -599,7 +607,8 @@ class Run:
     def _check_fitted(self, layer: int) -> None:
         if not self.is_fitted(layer):
             raise FileNotFoundError(
-                f"layer {layer} of {self.path} is not factorised yet: `snmf fit {self.path} --layers {layer}`"
+                f"layer {layer} of {self.path} is not factorised yet: "
+                f"`snmf fit {shlex.quote(str(self.path))} --layers {layer}`"
             )
 
     def _base_record(self, layer: int) -> dict[str, Any] | None:

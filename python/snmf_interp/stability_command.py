@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import terminal
-from .arguments import DeviceOption, RunArgument
+from .arguments import DeviceOption, LayersOption, RunArgument, fitted_layers
 
 if TYPE_CHECKING:
     from .choosing import KChoice
@@ -27,18 +27,20 @@ if TYPE_CHECKING:
 
 def stability(
     run: RunArgument,
-    layer: Annotated[int, typer.Option(help="Which layer.")],
+    layers: LayersOption = None,
     seeds: Annotated[int, typer.Option(help="Starts in all, the layer's own fit among them.")] = 5,
     threshold: Annotated[
         float, typer.Option(help="Cosine from which a matched feature counts as the same.")
     ] = 0.7,
     top: Annotated[int, typer.Option(help="Features to list at either end.")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a layer instead of tables.")
+    ] = False,
     device: DeviceOption = None,
 ) -> None:
     """Say which features of a layer are found again from other starts.
 
-    The layer is fitted again with other seeds and otherwise the same options (the fits are kept in
+    Each layer is fitted again with other seeds and otherwise the same options (the fits are kept in
     DIR/layer_N/starts). Features are matched one to one by the cosine of their columns of Z. The words of the
     features come from DIR/layer_N/features.jsonl; the first call needs the model.
     """
@@ -47,11 +49,16 @@ def stability(
 
     opened = Run.open(run)
     screen = terminal.console()
-    report = layer_stability(opened, layer, seeds, threshold=threshold, progress=sys.stderr.isatty())
-    if as_json:
-        typer.echo(json.dumps(_as_dict(report, layer), ensure_ascii=False))
-        return
-    features = opened.features(layer, terminal.loader(opened, device))
+    load = terminal.loader(opened, device)
+    for layer in fitted_layers(opened, layers):
+        report = layer_stability(opened, layer, seeds, threshold=threshold, progress=sys.stderr.isatty())
+        if as_json:
+            typer.echo(json.dumps(_as_dict(report, layer), ensure_ascii=False))
+        else:
+            _show(screen, report, opened.features(layer, load), layer, top)
+
+
+def _show(screen: Console, report: Stability, features: Sequence[Feature], layer: int, top: int) -> None:
     screen.print(_summary(report, features, layer))
     recurrence = report.recurrence
     order = sorted(

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import show, terminal
+from .arguments import one_layer
 from .features import visible
 from .generation import Continuation, generate
 from .steering import Intervention, steer
@@ -176,6 +177,21 @@ def run(
             for setting, texts in zip(group, steered, strict=True)
         ],
     }
+
+
+def layer_of(target: str, opened: Run | None, layers: str | None) -> int:
+    """The layer to steer: of a run its only one where ``layers`` says nothing.
+
+    Raises:
+        ValueError: ``layers`` names none or several.
+    """
+    # Neurons may be steered in layers that were not collected.
+    if layers is not None and layers.isdigit():
+        return int(layers)
+    if opened is not None:
+        return one_layer(opened, layers)
+    got = "none" if layers is None else repr(layers)
+    raise ValueError(f"--layers: wanted the number of one layer of {target}, got {got}")
 
 
 def _vector(request: Request, opened: Run | None) -> Any:

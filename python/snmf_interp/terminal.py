@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.text import Text
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 # Where a file is written instead of a screen.
 _FILE_WIDTH = 100
+# Tables need that many columns; a terminal that has fewer breaks their lines.
+_LEAST_WIDTH = 48
+# 128 and the number of SIGPIPE: what a shell has for a command whose reader has gone.
+_READER_GONE = 141
 # The folder that this command works in, where its arguments do not name it.
 _folder: ContextVar[Path | None] = ContextVar("folder", default=None)
 
@@ -33,9 +38,42 @@ def errors() -> Console:
 
 
 def console() -> Console:
-    """A console on stdout, as wide as the terminal, or 100 columns when there is none."""
+    """A console on stdout, as wide as the terminal (but at least 48 columns), or 100 columns when there is none."""
     made = Console(highlight=False)
-    return made if made.is_terminal else Console(highlight=False, width=_FILE_WIDTH)
+    if made.is_terminal and made.width >= _LEAST_WIDTH:
+        return made
+    return Console(highlight=False, width=_LEAST_WIDTH if made.is_terminal else _FILE_WIDTH)
+
+
+class Pipe:
+    """A standard stream that ends the command, without a message, where the reader of its pipe has gone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As of the stream."""
+        with self._ending():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        """As of the stream."""
+        with self._ending():
+            self._stream.flush()
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            # What is still to be written goes nowhere, for Python would try once more at the end, and complain.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            raise SystemExit(_READER_GONE) from None
 
 
 def command() -> str:
@@ -44,7 +82,7 @@ def command() -> str:
     on_path = shutil.which("snmf")
     if running.name != "snmf" or (on_path and Path(on_path).resolve() == running.resolve()):
         return "snmf"
-    return os.path.relpath(running)
+    return shlex.quote(os.path.relpath(running))
 
 
 def work_in(folder: Path | None) -> None:

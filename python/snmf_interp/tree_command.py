@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
 from . import terminal
+from .arguments import OneLayerOption, one_layer
 
-if TYPE_CHECKING:
-    pass
+# Of a layer that is not factorised.
+_K = 100
 
 
 def tree(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="The run's folder, made by snmf collect.")],
-    layer: Annotated[int, typer.Option(help="Which layer.")],
+    layers: OneLayerOption = None,
     levels: Annotated[
-        str, typer.Option(help="Features of each level, finest first, such as 100,50,25.")
-    ] = "100,50,25",
-    keep: Annotated[float, typer.Option(help="Fraction of neurons that a feature keeps.")] = 0.01,
+        str | None,
+        typer.Option(
+            help="Features of each level, finest first, such as 100,50,25.",
+            show_default="the layer's own, their half and their quarter; else 100,50,25",
+        ),
+    ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            help="Fraction of neurons that a feature keeps.",
+            show_default="as the layer was factorised, else 0.01",
+        ),
+    ] = None,
     neuron_scale: Annotated[
-        str, typer.Option(help="rms divides each neuron by its RMS first; or none.")
-    ] = "rms",
+        str | None,
+        typer.Option(
+            help="rms divides each neuron by its RMS first; or none.",
+            show_default="as the layer was factorised, else rms",
+        ),
+    ] = None,
     joint: Annotated[
         str,
         typer.Option(
@@ -35,7 +51,7 @@ def tree(
     threshold: Annotated[
         float, typer.Option(help="Show links above this share of a child's strongest link.")
     ] = 0.15,
-    most: Annotated[int, typer.Option(help="Children of a feature, at most.")] = 4,
+    children: Annotated[int, typer.Option(help="Children of a feature, at most.")] = 4,
     top: Annotated[int, typer.Option(help="Features of the coarsest level to show, by energy; 0: all.")] = 10,
     describe: Annotated[
         bool, typer.Option("--describe/--bare", help="Say what features stand for (needs the model).")
@@ -63,20 +79,26 @@ def tree(
 
     if joint not in ("all", "top", "none"):
         raise ValueError(f"--joint: wanted all, top or none, got {joint!r}")
-    if neuron_scale not in ("rms", "none"):
+    if neuron_scale not in (None, "rms", "none"):
         raise ValueError(f"--neuron-scale: wanted rms or none, got {neuron_scale!r}")
     # Before anything is fitted: a name that cannot be written to, and levels that cannot be read.
     for path in export or []:
         export_format(path)
-    sizes = _sizes(levels)
+    sizes = None if levels is None else _sizes(levels)
     opened = Run.open(run)
+    layer = one_layer(opened, layers)
+    # As the solver had them, whatever it was given.
+    own = opened.config["layers"][str(layer)]["solver_options"] if opened.is_fitted(layer) else {}
+    sizes = sizes or _halved(own.get("k", _K))
+    keep = own.get("keep", 0.01) if keep is None else keep
+    scale = own.get("neuron_scale", "rms") if neuron_scale is None else neuron_scale
     screen = terminal.console()
-    with terminal.waiting(f"fitting levels {levels}"):
+    with terminal.waiting(f"fitting levels {', '.join(map(str, sizes))}"):
         hierarchy, record = opened.hierarchy(
             layer,
             sizes,
             keep=keep,
-            neuron_scale=None if neuron_scale == "none" else neuron_scale,
+            neuron_scale=None if scale == "none" else scale,
             joint=None if joint == "none" else joint,
             seed=seed,
             overwrite=overwrite,
@@ -90,7 +112,7 @@ def tree(
     descriptions = None
     if describe:
         descriptions = opened.descriptions(layer, terminal.loader(opened, device))
-    graph = build_tree(hierarchy, threshold=threshold, most=most, descriptions=descriptions)
+    graph = build_tree(hierarchy, threshold=threshold, most=children, descriptions=descriptions)
     coarsest = [place for place in graph.roots if place[0] == len(sizes) - 1]
     shown = coarsest[: top or None]
     screen.print(graph.to_text(shown))
@@ -107,8 +129,22 @@ def tree(
         screen.print(Text(f"written: {path}", style="dim"), soft_wrap=True)
 
 
+def _halved(k: int) -> list[int]:
+    """``[k, k / 2, k / 4]``, as far as there are two features to put together.
+
+    Raises:
+        ValueError: there is one feature.
+    """
+    if k < 2:
+        raise ValueError(
+            "--levels: one feature has nothing to be grouped with; factorise the layer into more"
+        )
+    return [size for size in (k, k // 2, k // 4) if size]
+
+
 def _sizes(levels: str) -> list[int]:
-    try:
-        return [int(part) for part in levels.split(",")]
-    except ValueError:
-        raise ValueError(f"--levels: wanted falling numbers such as 100,50,25, got {levels!r}") from None
+    sizes = [int(part) for part in levels.split(",") if part.strip().isdecimal()]
+    falling = all(coarser < finer for finer, coarser in itertools.pairwise(sizes))
+    if len(sizes) != levels.count(",") + 1 or len(sizes) < 2 or not falling or not sizes[-1]:
+        raise ValueError(f"--levels: wanted falling numbers such as 100,50,25, got {levels!r}")
+    return sizes

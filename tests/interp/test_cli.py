@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -11,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from typer import rich_utils
 from typer.testing import CliRunner
 
 import snmf_kernels
-from snmf_interp import LanguageModel, doctor, show, terminal
+from snmf_interp import LanguageModel, doctor, foreign_bars, show, terminal
 from snmf_interp.cli import app, main
 
 Maker = Callable[..., LanguageModel]
@@ -62,15 +65,15 @@ def test_collect_fit_features(model_folder: Path, texts: Path, tmp_path: Path) -
     assert result.exit_code == 0, result.output
     assert result.stdout.count("3 features, relative error") == 2
     assert "kept from before" in snmf("fit", run, "--k", 3, "--max-iter", 5).stdout
-    result = snmf("features", run, "--layer", 1)
+    result = snmf("features", run, "--layers", 1)
     assert result.exit_code == 0, result.output
     assert "Layer 1, 3 features by clarity" in result.stdout
     assert "‹" in result.stdout
     assert "→" in result.stdout
-    rows = [json.loads(line) for line in snmf("features", run, "--layer", 1, "--json").stdout.splitlines()]
+    rows = [json.loads(line) for line in snmf("features", run, "--layers", 1, "--json").stdout.splitlines()]
     assert sorted(row["index"] for row in rows) == [0, 1, 2]
     assert [row["clarity"] for row in rows] == sorted((row["clarity"] for row in rows), reverse=True)
-    page = snmf("features", run, "--layer", 1, "--feature", 2)
+    page = snmf("features", run, "--layers", 1, "--feature", 2)
     assert page.exit_code == 0
     assert "layer 1, feature 2" in page.stdout
     assert "suppresses" in page.stdout
@@ -112,9 +115,9 @@ def test_bad_input_is_one_line_and_exit_code_2(
         (("fit", fitted, "--k", 4, "--max-iter", 5), "was factorised with k = 3, not 4"),
         (("fit", fitted, "--layers", "7"), "7 was not collected"),
         (("features", fitted, "--sort", "colour"), "wanted clarity, energy or index"),
-        (("features", fitted, "--feature", "1"), "--feature needs --layer"),
-        (("features", fitted, "--layer", "1", "--feature", "3"), "features 0-2, got 3"),
-        (("features", fitted, "--layer", "1", "--concept", "x"), "no feature of layer 1 has 'x'"),
+        (("features", fitted, "--feature", "1"), "has layers 0, 1: say which"),
+        (("features", fitted, "--layers", "1", "--feature", "3"), "features 0-2, got 3"),
+        (("features", fitted, "--layers", "1", "--concept", "x"), "no feature of layer 1 has 'x'"),
         (("demo", "--model", "gpt2"), "the demo knows smollm2-135m and gemma-3-270m"),
     ):  # fmt: skip
         result = snmf(*arguments)
@@ -264,3 +267,213 @@ def test_hints_name_a_command_that_the_shell_finds(tmp_path, monkeypatch, on_pat
     monkeypatch.setattr("sys.argv", [str(program), "demo"])
     monkeypatch.setenv("PATH", str(program.parent) if on_path else "/nonexistent")
     assert terminal.command() == ("snmf" if on_path else "bin/snmf")
+
+
+class TestReader:
+    """What reads the output may have enough before it is at its end: ``| head``."""
+
+    def command(self, *arguments: Any, lines: int) -> tuple[int, str]:
+        """The exit code, and what was said on stderr, where so many lines are read."""
+        run = [sys.executable, "-m", "snmf_interp.cli", *map(str, arguments)]
+        with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            for _ in range(lines):
+                process.stdout.readline()
+            process.stdout.close()
+            said = process.stderr.read()
+        return process.returncode, said
+
+    @pytest.mark.parametrize(
+        "command",
+        [
+            ("features", "--json"),
+            ("features",),
+            ("label", "--json"),
+            ("neuron", "0", "--layers", "1"),
+            ("--help",),
+        ],
+    )
+    def test_no_reader_is_no_failure(self, fitted: Path, command: tuple[str, ...]) -> None:
+        first, *rest = command
+        arguments = command if first == "--help" else (first, fitted, *rest)
+        assert self.command(*arguments, lines=0) == (141, "")
+
+    def test_one_line_is_enough(self, fitted: Path) -> None:
+        snmf("features", fitted)
+        code, said = self.command("features", fitted, "--json", lines=1)
+        assert code in (0, 141)
+        assert said == ""
+
+    def test_another_pipe_that_breaks_is_a_failure(
+        self, monkeypatch: pytest.MonkeyPatch, fitted: Path
+    ) -> None:
+        def fail(*_args: Any, **_options: Any) -> None:
+            raise BrokenPipeError("another one")
+
+        monkeypatch.setattr(snmf_kernels, "fit", fail)
+        result = snmf("fit", fitted, "--k", 2, "--overwrite")
+        assert result.exit_code == 1
+        assert "error: BrokenPipeError: another one" in result.stderr
+
+
+def test_version() -> None:
+    result = snmf("--version")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("snmf 0.")
+
+
+def test_suggested_commands_can_be_pasted(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    """A path with spaces, brackets and quotes comes back as it was, when a shell reads the suggestion."""
+    folder = tmp_path / "my run [x] 'y' $HOME"
+    said = snmf("collect", model_folder, texts, "--layers", "0", "--out", folder).stdout
+    assert shlex.split(said.rpartition("Next: ")[2])[:3] == ["snmf", "fit", str(folder)]
+    for arguments in (("features", folder), ("label", folder), ("report", folder), ("nearest", folder, 0)):
+        refused = " ".join(
+            snmf(*arguments, *(["--layers", "0"] * (arguments[0] == "nearest"))).stderr.split()
+        )
+        assert shlex.split(refused.split("`")[1])[:3] == ["snmf", "fit", str(folder)], refused
+    said = snmf("fit", folder, "--k", 2, "--max-iter", 5).stdout
+    assert shlex.split(said.rpartition("Next: ")[2])[:3] == ["snmf", "features", str(folder)]
+    refused = snmf("fit", tmp_path / "no such").stderr
+    assert shlex.split(refused.split("`")[1]) == [
+        "snmf", "collect", "MODEL", "TEXTS", "--out", str(tmp_path / "no such"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [1, 12, 30])
+def test_narrow_terminals(fitted: Path, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are narrower than any table; each command that shows one still shows it."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for arguments in (
+        ("features", fitted),
+        ("features", fitted, "--layers", 1, "--feature", 0),
+        ("label", fitted),
+        ("stability", fitted, "--layers", 1, "--seeds", 2),
+        ("neuron", fitted, 0, "--layers", 1),
+        ("neuron", fitted, "--feature", 0, "--layers", 1),
+        ("overlap", fitted, 0, 1, "--layers", 1),
+        ("nearest", fitted, 0, "--layers", 1),
+        ("steer", fitted, "--layers", 1, "--feature", 0, "--strength", 1, "--both", "--max-new-tokens", 3),
+        ("tree", fitted, "--layers", 1, "--levels", "3,2"),
+        ("compare", fitted, fitted.parent / "model"),
+    ):
+        result = snmf(*arguments)
+        assert result.exit_code == 0, (arguments, result.output)
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize("command", ["fit", "core", "eval", "tree", "features", "nearest"])
+def test_help_is_broken_by_the_terminal_alone(
+    command: str, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rich_utils, "MAX_WIDTH", columns)
+    lines = snmf(command, "--help").stdout.split("\n")
+    text = lines[2 : next(i for i, line in enumerate(lines) if "Arguments" in line)]
+    for line, following in itertools.pairwise(line.strip() for line in text):
+        # No line could have had the next one's first word.
+        if line and following:
+            assert len(line) + 1 + len(following.split()[0]) > columns - 4, line
+
+
+def test_bars_of_other_libraries_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    from tqdm.auto import tqdm
+
+    with foreign_bars.silenced():
+        assert list(tqdm(range(3), desc="converting")) == [0, 1, 2]
+        with tqdm(total=1, desc="our own", disable=False):
+            pass
+    assert "converting" not in capsys.readouterr().err
+    list(tqdm(range(3), desc="afterwards"))
+    assert "afterwards" in capsys.readouterr().err
+
+
+def test_errors_name_the_option_as_it_is_typed(fitted: Path) -> None:
+    for arguments, message in (
+        (("tree", fitted, "--layers", 1, "--levels", "2,3"), "error: --levels: "),
+        (("tree", fitted, "--layers", 0, "--bare", "--children", 0), "error: --children: "),
+        (("fit", fitted, "--layers", "7"), "error: --layers: 7 was not collected"),
+        (("stability", fitted, "--layers", 1, "--seeds", 1), "error: --seeds: "),
+        (("nearest", fitted, 0, "--layers", 1, "--top", 0), "error: --top: "),
+        (("detect", fitted, "--against", "x"), "error: --against: "),
+        (("steer", fitted, "--layers", 1, "--feature", 0, "--kl", "-1"), "error: --kl: "),
+        (("fit", fitted, "--k", 2, "--keep", 2, "--overwrite"), "error: --keep: "),
+    ):
+        result = snmf(*arguments)
+        assert result.exit_code == 2, (arguments, result.output)
+        assert result.stderr.startswith(message), (arguments, result.stderr)
+
+
+class TestLayers:
+    def test_a_run_with_one_layer_needs_none(self, model_folder: Path, texts: Path, tmp_path: Path) -> None:
+        run = tmp_path / "one"
+        assert snmf("collect", model_folder, texts, "--layers", "1", "--out", run).exit_code == 0
+        assert snmf("fit", run, "--k", 3, "--max-iter", 5).exit_code == 0
+        for arguments in (
+            ("features", run), ("features", run, "--feature", 0), ("label", run), ("compare", run, model_folder),
+            ("stability", run, "--seeds", 2), ("neuron", run, 0), ("overlap", run, 0, 1), ("nearest", run, 0),
+            ("tree", run, "--bare"),
+            ("steer", run, "--feature", 0, "--strength", 1, "--samples", 1, "--max-new-tokens", 2),
+            ("report", run, "-o", tmp_path / "page.html"),
+        ):  # fmt: skip
+            result = snmf(*arguments)
+            assert result.exit_code == 0, (arguments, result.output)
+
+    @pytest.mark.parametrize("option", ["--layers=0-1", "--layer=0,1"])
+    def test_several_are_shown_one_after_another(self, fitted: Path, option: str) -> None:
+        for command in ("features", "label", "stability"):
+            result = snmf(command, fitted, option, "--json")
+            assert result.exit_code == 0, result.output
+            assert {json.loads(line)["layer"] for line in result.stdout.splitlines()} == {0, 1}, command
+
+    def test_commands_that_take_one_say_so(self, fitted: Path) -> None:
+        for command in (
+            ("neuron", 0), ("overlap", 0, 1), ("nearest", 0), ("tree",), ("features", "--feature", 0),
+            ("steer", "--feature", 0),
+        ):  # fmt: skip
+            name, *rest = command
+            for given, message in (
+                ([], f"error: --layers: {fitted} has layers 0, 1: say which\n"),
+                (["--layers", "0-1"], "error: --layers: wanted one layer, got 0, 1\n"),
+            ):
+                result = snmf(name, fitted, *rest, *given)
+                assert result.exit_code == 2, (command, result.output)
+                assert result.stderr == message, command
+
+    def test_the_former_name_works_and_is_not_shown(self, fitted: Path) -> None:
+        assert (
+            snmf("neuron", fitted, 0, "--layer", 1).stdout == snmf("neuron", fitted, 0, "--layers", 1).stdout
+        )
+        assert "--layer " not in snmf("neuron", "--help").stdout
+
+
+def test_what_fits_anew_takes_the_settings_of_the_run(
+    model_folder: Path, texts: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    options = ("--max-iter", 5, "--keep", 0.2, "--refit", "never", "--neuron-scale", "none", "--seed", 3)
+    assert snmf("collect", model_folder, texts, "--layers", "0-1", "--out", run).exit_code == 0
+    assert snmf("fit", run, "--k", 2, *options).exit_code == 0
+    settings = {"max_iter": 5, "keep": 0.2, "refit": False, "neuron_scale": None}
+    for given, k, changed in (
+        ((), 2, {}),
+        (("--k", 3), 3, {}),
+        (("--neuron-scale", "rms"), 2, {"neuron_scale": "rms"}),
+    ):
+        result = snmf("detect", run, "--against", "neuron", "--overwrite", *given)
+        assert result.exit_code == 0, result.output
+        plan = json.loads((run / "eval" / "plan.json").read_text())
+        assert plan["k"] == k
+        assert {"neuron_scale": "rms"} | plan["fit"] == settings | changed
+        assert snmf_kernels.Factorization.load(run / "eval" / "layer_1" / "snmf.safetensors").k == k
+    tree = snmf("tree", run, "--layers", 1, "--bare")
+    assert "levels of 2, 1 features on the features of snmf fit" in " ".join(tree.stdout.split()), tree.output
+    # Layers that differ: one of them, or what they differ in.
+    assert snmf("fit", run, "--layers", 1, "--k", 3, *options, "--overwrite").exit_code == 0
+    refused = snmf("detect", run, "--against", "neuron", "--overwrite")
+    assert refused.exit_code == 2
+    assert "layers 0 and 1 of" in refused.stderr
+    assert "factorised with k = 2 and 3; give one of them, or --k" in refused.stderr
+    for given in (("--layers", 1), ("--k", 2)):
+        assert snmf("detect", run, "--against", "neuron", "--overwrite", *given).exit_code == 0

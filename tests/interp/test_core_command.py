@@ -13,7 +13,7 @@ from snmf_interp.core import assign_features
 from snmf_interp.evaluation import split_texts
 from snmf_interp.runs import Run
 
-TINY = ("--layer", 1, "--k", 8, "--least", 0, "--controls", 3, "--random", 4)
+TINY = ("--layers", 1, "--k", 8, "--min-precision", 0, "--controls", 3, "--random", 4)
 
 
 def snmf(*arguments: Any) -> Any:
@@ -129,7 +129,7 @@ def test_equal_texts_are_on_one_side(
 
 
 def test_too_few_words(model_folder: Path, out: Path) -> None:
-    result = snmf("core", out / "tiny-layer-1", *TINY[:4], "--least", 1.1)
+    result = snmf("core", out / "tiny-layer-1", *TINY[:4], "--min-precision", 1.1)
     assert result.exit_code == 0, result.output
     assert "no group to test" in " ".join(result.stdout.split())
 
@@ -140,17 +140,17 @@ def test_errors(model_folder: Path, out: Path, tmp_path: Path) -> None:
     other = tmp_path / "run"
     assert snmf("collect", model_folder, texts, "--layers", "0-1", "--out", other).exit_code == 0
     for arguments, message in (
-        ((model_folder,), "--layer: say which layer of"),
-        ((model_folder, "--layer", 1, "--concepts", "days"), "wanted one of weekdays, months"),
+        ((model_folder,), "--layers: say which layer of"),
+        ((model_folder, "--layers", 1, "--concepts", "days"), "wanted one of weekdays, months"),
         (
-            (model_folder, "--layer", 1, "--neuron-scale", "log"),
+            (model_folder, "--layers", 1, "--neuron-scale", "log"),
             "--neuron-scale: wanted rms or none, got 'log'",
         ),
-        ((model_folder, "--layer", 9, "--out", tmp_path), "layer 9 is outside"),
-        ((other,), "has several layers (0, 1); say which"),
-        ((other, "--layer", 2), "2 was not collected"),
-        ((other, "--layer", 1, "--k", 3), "no text of"),
-        ((tmp_path / "nowhere", "--layer", 1), "nowhere"),
+        ((model_folder, "--layers", 9, "--out", tmp_path), "layer 9 is outside"),
+        ((other,), "has layers 0, 1: say which"),
+        ((other, "--layers", 2), "2 was not collected"),
+        ((other, "--layers", 1, "--k", 3), "no text of"),
+        ((tmp_path / "nowhere", "--layers", 1), "nowhere"),
         ((out / "tiny-layer-1", *TINY, "--kl", 0), "kl: wanted a divergence above 0"),
         ((out / "tiny-layer-1", *TINY, "--m", 9), "m: wanted 2 to 3"),
     ):

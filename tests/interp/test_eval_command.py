@@ -382,7 +382,7 @@ class TestDetect:
         assert "S_CD is above 0" in result.stdout
         assert "without an answer to the question for a label" in " ".join(result.stdout.split())
         with serve(answer) as endpoint:
-            options = (*options[:-1], endpoint.url, "--limit", 9, "--json")
+            options = (*options[:-1], endpoint.url, "--top", 9, "--json")
             row = json.loads(snmf("detect", run, *options).stdout)["sentences"]["0"]
         assert (row["asked"], row["of"]) == (9, 12)
         assert row["no_label"] > 0

@@ -29,12 +29,12 @@ def test_words(fitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: 
     assert "fires on" in result.stdout
     assert "makes likelier" in result.stdout
     assert "✓ layer 1: 6 labels by words" in result.stdout
-    kept = rows(snmf("label", fitted, "--layer", 1, "--json"))
+    kept = rows(snmf("label", fitted, "--layers", 1, "--json"))
     assert [(row["index"], row["side"]) for row in kept].count((2, "output")) == 1
     assert len((fitted / "layer_1" / "labels" / "words.jsonl").read_text().splitlines()) == 6
     # Features and words are there: neither the model nor its tokenizer is needed again.
     monkeypatch.setattr(Run, "load_model", lambda *_a, **_o: pytest.fail("loaded the model"))
-    one = snmf("label", fitted, "--layer", 1, "--side", "input", "--limit", 1)
+    one = snmf("label", fitted, "--layers", 1, "--side", "input", "--top", 1)
     assert "1 label by words" in one.stdout
     assert "makes likelier" not in one.stdout
 
@@ -58,7 +58,7 @@ def test_endpoint_and_resume(fitted: Path) -> None:  # noqa: F811
         return completion('{"label": "days [bold]of[/bold] the week"}')
 
     with serve(answer) as endpoint:
-        command = ("label", fitted, "--layer", 1, "--model", "big/model", "--base-url", endpoint.url,
+        command = ("label", fitted, "--layers", 1, "--model", "big/model", "--base-url", endpoint.url,
                    "--parameter", "top_p=0.5", "--parameter", "temperature=null")  # fmt: skip
         first = snmf(*command)
         assert first.exit_code == 0, first.output
@@ -82,13 +82,13 @@ def test_endpoint_and_resume(fitted: Path) -> None:  # noqa: F811
     assert record["parameters"] == {"top_p": 0.5, "temperature": None}
     assert record["counts"]["input"] == {"clear": 3, "not clear": 0, "missing": 0}
     # Words of the same run stand beside it.
-    assert snmf("label", fitted, "--layer", 1).exit_code == 0
+    assert snmf("label", fitted, "--layers", 1).exit_code == 0
     assert len(list((fitted / "layer_1" / "labels").glob("*.jsonl"))) == 2
 
 
 def test_garbage_of_a_local_model_is_missing(fitted: Path, model_folder: Path) -> None:  # noqa: F811
     """A tiny random model writes nonsense, or cannot take the question: no label comes of it."""
-    result = snmf("label", fitted, "--layer", 1, "--side", "input", "--local", model_folder)
+    result = snmf("label", fitted, "--layers", 1, "--side", "input", "--local", model_folder)
     assert result.exit_code == 1
     assert "3 of 3 answers are missing" in " ".join(result.stderr.split())
     assert result.stderr.startswith("error: RuntimeError")
@@ -100,8 +100,8 @@ def test_bad_input_is_one_line_and_exit_code_2(fitted: Path, tmp_path: Path) -> 
     for arguments, message in (
         ((tmp_path / "nowhere",), "there is no such folder"),
         ((fitted, "--side", "top"), "--side: wanted input, output or both, got 'top'"),
-        ((fitted, "--limit", "0"), "--limit: wanted at least 1, got 0"),
-        ((fitted, "--layer", "7"), "layer 7"),
+        ((fitted, "--top", "0"), "--top: wanted at least 1, got 0"),
+        ((fitted, "--layers", "7"), "--layers: 7 was not collected"),
         ((fitted, "--model", "gpt"), "OPENAI_API_KEY is not set"),
         ((fitted, "--base-url", "http://127.0.0.1:9/v1"), "set SNMF_LLM_MODEL"),
         ((fitted, "--model", "gpt", "--local", "x"), "--local: a model in this process"),
@@ -138,8 +138,8 @@ def test_a_key_is_in_no_file_and_no_output(
     monkeypatch.setenv("OPENAI_API_KEY", key + end)
     page = tmp_path / "page.html"
     with serve(lambda body, earlier: (400, {}, {"error": {"message": f"not for Bearer {key}"}})) as endpoint:
-        label = snmf("label", fitted, "--layer", 1, "--model", "m", "--base-url", endpoint.url)
-        debugged = snmf("--debug", "label", fitted, "--layer", 1, "--model", "m", "--base-url", endpoint.url)
+        label = snmf("label", fitted, "--layers", 1, "--model", "m", "--base-url", endpoint.url)
+        debugged = snmf("--debug", "label", fitted, "--layers", 1, "--model", "m", "--base-url", endpoint.url)
     assert label.exit_code == (2 if end == "\u2026" else 1)
     assert ("OPENAI_API_KEY: wanted printable" if end == "\u2026" else "not for Bearer ***") in label.stderr
     report = snmf("report", fitted, "-o", page)

@@ -64,61 +64,61 @@ def test_neuron(run: Path) -> None:
     Z = torch.as_tensor(factors.Z)
     used = int((Z != 0).sum(1).argmax())
     expected = NeuronIndex.of({1: factors}).uses(1, used)
-    found = rows("neuron", run, used, "--layer", 1)
+    found = rows("neuron", run, used, "--layers", 1)
     assert [row["feature"] for row in found] == [use.feature for use in expected]
-    page = shown("neuron", run, used, "--layer", 1)
+    page = shown("neuron", run, used, "--layers", 1)
     assert f"neuron {used}: in {len(expected)} of 4 features" in page
     unused = (Z == 0).all(1).nonzero()
     if len(unused):
-        assert "in 0 of 4 features" in shown("neuron", run, int(unused[0]), "--layer", 1)
+        assert "in 0 of 4 features" in shown("neuron", run, int(unused[0]), "--layers", 1)
 
 
 def test_neurons_of_a_feature(run: Path) -> None:
     z = torch.as_tensor(Run.open(run).factors(1).Z)[:, 2]
-    found = rows("neuron", run, "--layer", 1, "--feature", 2, "--direction")
+    found = rows("neuron", run, "--layers", 1, "--feature", 2, "--direction")
     assert {row["neuron"] for row in found} == set(z.nonzero().squeeze(1).tolist())
     assert sum(row["written"] for row in found) == pytest.approx(1)
     assert all(row["features"] >= 1 for row in found)
-    page = shown("neuron", run, "--layer", 1, "--feature", 2, "--direction", "--top", 2)
+    page = shown("neuron", run, "--layers", 1, "--feature", 2, "--direction", "--top", 2)
     assert "of what " in page
     assert f"{len(found)} neurons, {len(found) - 2} not shown" in page
-    assert "of what " not in shown("neuron", run, "--layer", 1, "--feature", 2)
+    assert "of what " not in shown("neuron", run, "--layers", 1, "--feature", 2)
 
 
 def test_overlap(run: Path) -> None:
-    [pair] = rows("overlap", run, 0, 3, "--layer", 0)
+    [pair] = rows("overlap", run, 0, 3, "--layers", 0)
     Z = torch.as_tensor(Run.open(run).factors(0).Z)
     assert len(pair["shared"]) == int(((Z[:, 0] != 0) & (Z[:, 3] != 0)).sum())
     assert pair["direction_cosine"] is None
-    page = shown("overlap", run, 0, 3, "--layer", 0, "--direction")
+    page = shown("overlap", run, 0, 3, "--layers", 0, "--direction")
     assert "shared neurons" in page
     assert "of what " in page
 
 
 def test_nearest(run: Path, tmp_path: Path) -> None:
-    found = rows("nearest", run, 1, "--layer", 0)
+    found = rows("nearest", run, 1, "--layers", 0)
     assert {row["layer"] for row in found} == {0, 1}
     assert (0, 1) not in {(row["layer"], row["feature"]) for row in found}
-    assert {row["layer"] for row in rows("nearest", run, 1, "--layer", 0, "--layers", "1")} == {1}
-    assert {row["layer"] for row in rows("nearest", run, 1, "--layer", 0, "--by", "neurons")} == {0}
-    assert len(rows("nearest", run, 1, "--layer", 0, "--by", "direction")) == 7
-    assert "correlation over tokens" in shown("nearest", run, 1, "--layer", 0)
+    assert {row["layer"] for row in rows("nearest", run, 1, "--layers", 0, "--among", "1")} == {1}
+    assert {row["layer"] for row in rows("nearest", run, 1, "--layers", 0, "--by", "neurons")} == {0}
+    assert len(rows("nearest", run, 1, "--layers", 0, "--by", "direction")) == 7
+    assert "correlation over tokens" in shown("nearest", run, 1, "--layers", 0)
     # In a copy of the run the nearest feature is the feature itself, however one looks.
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     for by in ("tokens", "direction", "neurons"):
-        best = rows("nearest", run, 1, "--layer", 0, "--by", by, "--other", copy)[0]
+        best = rows("nearest", run, 1, "--layers", 0, "--by", by, "--other", copy)[0]
         assert (best["layer"], best["feature"]) == (0, 1)
         assert best["similarity"] == pytest.approx(1)
     assert f"nearest in {copy.name}" in "".join(
-        shown("nearest", run, 1, "--layer", 0, "--other", copy)
+        shown("nearest", run, 1, "--layers", 0, "--other", copy)
         .replace(str(copy.parent) + "/", "")
         .splitlines()
     )
 
 
 def test_stability(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [report] = rows("stability", run, "--layer", 0, "--seeds", 3)
+    [report] = rows("stability", run, "--layers", 0, "--seeds", 3)
     assert report["seeds"] == [0, 1, 2]
     assert len(report["recurrence"]) == 4
     assert {path.name for path in (run / "layer_0" / "starts").iterdir()} == {
@@ -126,7 +126,7 @@ def test_stability(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "seed_2.safetensors",
     }
     monkeypatch.setattr(snmf_kernels, "fit_many", lambda *_a, **_o: pytest.fail("fitted again"))
-    page = shown("stability", run, "--layer", 0, "--seeds", 3, "--top", 2)
+    page = shown("stability", run, "--layers", 0, "--seeds", 3, "--top", 2)
     assert "4 features from 3 starts" in page
     assert "found again least" in page
 
@@ -155,7 +155,7 @@ def test_fit_auto(run: Path, model_folder: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_compare(run: Path, model_folder: Path, tmp_path: Path, make_model: Maker) -> None:
-    same = shown("compare", run, model_folder, "--layer", 1)
+    same = shown("compare", run, model_folder, "--layers", 1)
     assert "0 of 4 features changed" in same
     tuned = tmp_path / "tuned"
     model = make_model()
@@ -166,7 +166,7 @@ def test_compare(run: Path, model_folder: Path, tmp_path: Path, make_model: Make
     page = shown("compare", run, tuned)
     assert page.count("residual on the basis") == 2
     assert "Layer 0" in page
-    [difference] = rows("compare", run, tuned, "--layer", 1)
+    [difference] = rows("compare", run, tuned, "--layers", 1)
     assert difference["second_residual"] > difference["first_residual"]
     assert {change["feature"] for change in difference["changes"]} == {0, 1, 2, 3}
     # Kept for later: one folder for each checkpoint.
@@ -195,33 +195,33 @@ def test_text_is_no_markup(run: Path) -> None:
     if days is None:
         days = 0
         path.write_text(path.read_text().replace('"concept": null', '"concept": "[red]days-"', 1))
-    assert "[red]days" in shown("overlap", run, days, (days + 1) % 4, "--layer", 1)
-    assert "[red]days" in shown("stability", run, "--layer", 1, "--seeds", 2)
-    assert "[red]days" in shown("neuron", run, "--feature", days, "--layer", 1)
-    assert "[red]days" in shown("nearest", run, days, "--layer", 1)
+    assert "[red]days" in shown("overlap", run, days, (days + 1) % 4, "--layers", 1)
+    assert "[red]days" in shown("stability", run, "--layers", 1, "--seeds", 2)
+    assert "[red]days" in shown("neuron", run, "--feature", days, "--layers", 1)
+    assert "[red]days" in shown("nearest", run, days, "--layers", 1)
 
 
 def test_bad_input_is_one_line_and_exit_code_2(run: Path, model_folder: Path, tmp_path: Path) -> None:
     for arguments, message in (
-        (("neuron", run, "--layer", 1), "give a NEURON or --feature"),
-        (("neuron", run, 3, "--feature", 1, "--layer", 1), "not both"),
-        (("neuron", run, 99, "--layer", 1), "there are neurons 0-23, got 99"),
-        (("neuron", run, 3, "--layer", 2), "layer 2 of"),
-        (("neuron", run, "--feature", 4, "--layer", 1), "there are features 0-3, got 4"),
-        (("overlap", run, 0, 9, "--layer", 1), "there are features 0-3, got 9"),
-        (("nearest", run, 0, "--layer", 1, "--by", "x"), "--by: wanted tokens, direction or neurons"),
-        (("nearest", run, 9, "--layer", 1), "there are features 0-3, got 9"),
-        (("nearest", run, 0, "--layer", 1, "--other", tmp_path / "x"), "there is no such folder"),
-        (("nearest", run, 0, "--layer", 1, "--layers", "5"), "5 was not collected"),
-        (("stability", run, "--layer", 1, "--seeds", 1), "seeds: wanted at least 2"),
-        (("stability", run, "--layer", 1, "--threshold", 2), "threshold: wanted a cosine"),
-        (("stability", run, "--layer", 7), "layer 7 of"),
+        (("neuron", run, "--layers", 1), "give a NEURON or --feature"),
+        (("neuron", run, 3, "--feature", 1, "--layers", 1), "not both"),
+        (("neuron", run, 99, "--layers", 1), "there are neurons 0-23, got 99"),
+        (("neuron", run, 3, "--layers", 2), "--layers: 2 was not collected"),
+        (("neuron", run, "--feature", 4, "--layers", 1), "there are features 0-3, got 4"),
+        (("overlap", run, 0, 9, "--layers", 1), "there are features 0-3, got 9"),
+        (("nearest", run, 0, "--layers", 1, "--by", "x"), "--by: wanted tokens, direction or neurons"),
+        (("nearest", run, 9, "--layers", 1), "there are features 0-3, got 9"),
+        (("nearest", run, 0, "--layers", 1, "--other", tmp_path / "x"), "there is no such folder"),
+        (("nearest", run, 0, "--layers", 1, "--among", "5"), "--among: 5 was not collected"),
+        (("stability", run, "--layers", 1, "--seeds", 1), "seeds: wanted at least 2"),
+        (("stability", run, "--layers", 1, "--threshold", 2), "threshold: wanted a cosine"),
+        (("stability", run, "--layers", 7), "--layers: 7 was not collected"),
         (("fit", run, "--k", "many"), "--k: wanted a number of features, at least 1, or auto, got 'many'"),
         (("fit", run, "--k", "0"), "--k: wanted a number"),
         (("fit", run, "--k", "4", "--k-candidates", "2"), "there is nothing to choose"),
         (("fit", run, "--k", "auto", "--k-candidates", "2,x"), "--k-candidates: wanted numbers"),
         (("compare", run, "./nowhere"), "model './nowhere': there is no"),
-        (("compare", run, model_folder, "--layer", "7"), "layer 7 of"),
+        (("compare", run, model_folder, "--layers", "7"), "--layers: 7 was not collected"),
     ):  # fmt: skip
         result = snmf(*arguments)
         assert result.exit_code == 2, (arguments, result.output)

@@ -84,7 +84,7 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_labels(endpoint: tuple[str, str], fitted: Path) -> None:  # noqa: F811
     url, name = endpoint
-    options = ("--layer", 1, "--side", "input", "--limit", 2, "--concurrency", 1, "--json")
+    options = ("--layers", 1, "--side", "input", "--top", 2, "--concurrency", 1, "--json")
     server = ("--base-url", url, "--model", name, "--parameter", f"max_tokens={SHORT}")
     result = snmf("label", fitted, *options, *server)
     rows = [json.loads(line) for line in result.stdout.splitlines()]

@@ -258,7 +258,7 @@ def test_layer_holds_its_neurons_overlap_and_histogram(run: Run, model: Language
         Label(0, 2, "output", None, False, "some/model", reason="r" * 999),
     ]
     write_labels(run.labels_folder(0), labels, {"source": "some/model"})
-    assert snmf("label", run.path, "--layer", 0).exit_code in (0, 2)
+    assert snmf("label", run.path, "--layers", 0).exit_code in (0, 2)
     layer = written(run, model, layers=[0]).data["layers"][0]
     factors = run.factors(0)
     strength = factors.Y * factors.Z.norm(dim=0)[:, None]

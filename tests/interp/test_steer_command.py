@@ -56,7 +56,7 @@ SHORT = ("--samples", 2, "--max-new-tokens", 5, "--prompt", "the cat")
 
 
 def test_side_by_side(run: Path) -> None:
-    result = snmf("steer", run, "--layer", 1, "--feature", 2, "--both", "--kl", 0.05, "--kl", 99, *SHORT)
+    result = snmf("steer", run, "--layers", 1, "--feature", 2, "--both", "--kl", 0.05, "--kl", 99, *SHORT)
     assert result.exit_code == 0, result.output
     shown = " ".join(result.stdout.split())
     assert "layer 1, feature 2" in shown
@@ -71,7 +71,7 @@ def test_side_by_side(run: Path) -> None:
 
 
 def test_json_is_what_python_gives(run: Path, model_folder: Path) -> None:
-    result = snmf("steer", run, "--layer", 1, "--feature", 2, "--both", "--kl", 0.05, *SHORT, "--json")
+    result = snmf("steer", run, "--layers", 1, "--feature", 2, "--both", "--kl", 0.05, *SHORT, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert (found["layer"], found["feature"], found["site"]) == (1, 2, "blocks.1.mlp.hook_post")
@@ -107,7 +107,7 @@ def test_ways(run: Path, model_folder: Path, tmp_path: Path) -> None:
         (model_folder, ("--neurons", "3, 17-20"), ("--ablate",), "ablate", [None]),
         (model_folder, ("--neurons", "3,17-20"), ("--strength", 2), "add", [2]),
     ):
-        result = snmf("steer", target, "--layer", 1, *what, *how, *SHORT, "--json")
+        result = snmf("steer", target, "--layers", 1, *what, *how, *SHORT, "--json")
         assert result.exit_code == 0, (how, result.output)
         found = json.loads(result.stdout)
         assert [one["mode"] for one in found["steered"]] == [mode] * len(strengths), how
@@ -115,7 +115,7 @@ def test_ways(run: Path, model_folder: Path, tmp_path: Path) -> None:
         assert all(one["solved"] is None for one in found["steered"])
         if what[0] == "--neurons":
             assert found["neurons"] == [3, 17, 18, 19, 20]
-    page = snmf("steer", model_folder, "--layer", 1, "--neurons", "3", "--clamp", -2, *SHORT)
+    page = snmf("steer", model_folder, "--layers", 1, "--neurons", "3", "--clamp", -2, *SHORT)
     assert "layer 1, neurons 3" in page.stdout
     assert "clamped to −2" in page.stdout
 
@@ -123,9 +123,9 @@ def test_ways(run: Path, model_folder: Path, tmp_path: Path) -> None:
 def test_errors(run: Path, model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "v.npy").write_bytes(b"not numbers")
     np.save(tmp_path / "wide.npy", np.ones(5))
-    one = ("--layer", 1, "--feature", 2)
+    one = ("--layers", 1, "--feature", 2)
     for arguments, message in (
-        ((run, "--layer", 1), "give --feature, --vector or --neurons"),
+        ((run, "--layers", 1), "give --feature, --vector or --neurons"),
         ((run, *one, "--vector", "v.npy"), "--feature and --vector: give one of them"),
         ((run, *one, "--kl", 0.1, "--strength", 1), "--kl and --strength: give one of them"),
         ((run, *one, "--ablate", "--clamp", 1), "--ablate and --clamp: give one of them"),
@@ -138,14 +138,14 @@ def test_errors(run: Path, model_folder: Path, tmp_path: Path) -> None:
         ((run, *one, "--neurons", "x"), "got 'x'"),
         ((run, *one, "--neurons", ","), "names no neuron"),
         ((run, *one, "--neurons", "5-3"), "got '5-3'"),
-        ((run, "--layer", 1, "--feature", 3), "layer 1 has features 0-2, got 3"),
-        ((run, "--layer", 0, "--feature", 1), "layer 0 of"),
-        ((run, "--layer", 9, "--neurons", 1, "--ablate"), "layer 9 is outside"),
+        ((run, "--layers", 1, "--feature", 3), "layer 1 has features 0-2, got 3"),
+        ((run, "--layers", 0, "--feature", 1), "layer 0 of"),
+        ((run, "--layers", 9, "--neurons", 1, "--ablate"), "layer 9 is outside"),
         ((model_folder, *one), "features are those of a run"),
-        ((tmp_path / "nowhere", "--layer", 1, "--neurons", 1), "no such file or folder"),
-        ((model_folder, "--layer", 1, "--vector", tmp_path / "v.npy"), "is not a .npy file of numbers"),
-        ((model_folder, "--layer", 1, "--vector", tmp_path / "no.npy"), "no.npy"),
-        ((model_folder, "--layer", 1, "--vector", tmp_path / "wide.npy"), "wanted 24 entries"),
+        ((tmp_path / "nowhere", "--layers", 1, "--neurons", 1), "no such file or folder"),
+        ((model_folder, "--layers", 1, "--vector", tmp_path / "v.npy"), "is not a .npy file of numbers"),
+        ((model_folder, "--layers", 1, "--vector", tmp_path / "no.npy"), "no.npy"),
+        ((model_folder, "--layers", 1, "--vector", tmp_path / "wide.npy"), "wanted 24 entries"),
     ):
         result = snmf("steer", *arguments, "--max-new-tokens", 1)
         assert result.exit_code == 2, (arguments, result.output)

@@ -234,7 +234,7 @@ def snmf(*arguments: Any) -> Any:
 
 
 class TestRun:
-    OPTIONS = ("--layer", 2, "--levels", "6,3,2", "--keep", 0.2)
+    OPTIONS = ("--layers", 2, "--levels", "6,3,2", "--keep", 0.2)
 
     def test_command(self, run: Path, tmp_path: Path) -> None:
         exports = [tmp_path / name for name in ("t.json", "t.dot", "t.graphml")]
@@ -304,13 +304,13 @@ class TestRun:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (("--layer", 1), "1 was not collected; this run has 0, 2"),
-            (("--layer", 2, "--levels", "6,x"), "--levels: wanted falling numbers"),
-            (("--layer", 2, "--levels", "3,6"), "sizes: wanted two or more"),
-            (("--layer", 2, "--joint", "some"), "--joint: wanted all, top or none"),
-            (("--layer", 2, "--neuron-scale", "x"), "--neuron-scale: wanted rms or none"),
-            (("--layer", 2, "--export", "t.svg"), "wanted a name that ends in .json"),
-            (("--layer", 2, "--levels", "3,2", "--threshold", 2), "threshold: wanted a share"),
+            (("--layers", 1), "1 was not collected; this run has 0, 2"),
+            (("--layers", 2, "--levels", "6,x"), "--levels: wanted falling numbers"),
+            (("--layers", 2, "--levels", "3,6"), "error: --levels: wanted falling numbers"),
+            (("--layers", 2, "--joint", "some"), "--joint: wanted all, top or none"),
+            (("--layers", 2, "--neuron-scale", "x"), "--neuron-scale: wanted rms or none"),
+            (("--layers", 2, "--export", "t.svg"), "wanted a name that ends in .json"),
+            (("--layers", 2, "--levels", "3,2", "--threshold", 2), "threshold: wanted a share"),
         ],
     )  # fmt: skip
     def test_bad_input_is_one_line(self, run: Path, arguments: tuple[Any, ...], message: str) -> None:
