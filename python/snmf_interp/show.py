@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -233,24 +235,30 @@ def counted_words(feature: Feature) -> str:
 
 
 def context_line(token: TokenInContext, width: int, *, marks: bool) -> Text:
-    """A token in its context on one line, cut at words so that the token stays in view."""
+    """A token in its context on one line of so many cells, cut at words so that the token stays in view."""
     before, peak, after = visible(token.before), visible(token.token), visible(token.after)
     # A leading space belongs to the token, but not to its emphasis.
     bare = peak.lstrip(" ")
     before += peak[: len(peak) - len(bare)]
     shown = (f"‹{bare}›" if marks else bare) if bare else "␣"
-    room = width - len(shown)
+    room = width - cell_len(shown)
     # What the text after the token does not need, the text before it may have; at least a third of the line.
-    left = max(room - len(after) - 1, room // 3)
-    if token.cut_before or len(before) > left:
+    left = max(room - cell_len(after) - 1, room // 3)
+    if token.cut_before or cell_len(before) > left:
         # Up to the first space that lets it fit, so that no half word stands at the edge.
-        fits = before[max(len(before) - left + 1, 0) :]
+        fits = _within(before[::-1], left - 1)[::-1]
         before = "…" + fits[fits.find(" ") :] if " " in fits.rstrip(" ") else "…" + fits
-    right = max(room - len(before), 1)
-    if token.cut_after or len(after) > right:
-        fits = after[: right - 1]
+    right = max(room - cell_len(before), 1)
+    if token.cut_after or cell_len(after) > right:
+        fits = _within(after, right - 1)
         after = (fits[: fits.rfind(" ")] if " " in fits else fits) + "…"
     return Text.assemble(before, (shown, "bold yellow"), after, no_wrap=True, overflow="ellipsis")
+
+
+def _within(text: str, cells: int) -> str:
+    """The beginning of a text that takes no more cells; letters of some scripts take two."""
+    ends = itertools.accumulate(map(cell_len, text))
+    return text[: sum(1 for _ in itertools.takewhile(lambda end: end <= cells, ends))]
 
 
 def _title(feature: Feature) -> Text:

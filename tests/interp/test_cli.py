@@ -186,15 +186,18 @@ def test_doctor_finds_faults(make_model: Maker, monkeypatch: pytest.MonkeyPatch)
         assert [check.passed for check in doctor.check_model(model, texts)][:4] == [True, False, True, True]
 
 
-def test_long_contexts_keep_the_token_in_view() -> None:
+@pytest.mark.parametrize(("word", "peak"), [("word", "Monday"), ("天气很好", "苹果")])
+def test_long_contexts_keep_the_token_in_view(word: str, peak: str) -> None:
+    from rich.cells import cell_len
+
     from snmf_interp.features import TokenInContext
 
     for n_before in (0, 3, 30):
         for n_after in (0, 3, 30):
             for width in (20, 47, 80):
                 token = TokenInContext(
-                    "word " * n_before + "the",
-                    " Monday",
+                    f"{word} " * n_before + "the",
+                    f" {peak}",
                     " more" * n_after,
                     True,
                     True,
@@ -206,8 +209,8 @@ def test_long_contexts_keep_the_token_in_view() -> None:
                     1.0,
                 )
                 line = show.context_line(token, width, marks=True).plain
-                assert "‹Monday›" in line
-                assert len(line) <= width
+                assert f"‹{peak}›" in line
+                assert cell_len(line) <= width
 
 
 class TestProcess:
