@@ -181,7 +181,7 @@ def difference_of_means(
 def random_groups(factors: snmf_kernels.Factorization, *, seed: int = 0) -> ProjectionDictionary:
     """Chance: as many random groups of as many neurons as a factorisation has features.
 
-    For each feature a direction with as many neurons (of a dead one, as another has), drawn uniformly, with standard
+    For each column of Z a direction with its number of non-zeros, at neurons drawn uniformly, with standard
     normal values, in the units that the fit saw: multiplied by the neuron scale where there is one, as Z is.
     A token's score is its cosine with it in those units, cut at 0, as a feature's is.
 
@@ -189,13 +189,13 @@ def random_groups(factors: snmf_kernels.Factorization, *, seed: int = 0) -> Proj
         factors: what to imitate.
         seed: of neurons and values.
     """
-    vectors = random_group_vectors(factors, factors.k, seed=seed)
+    sizes = (torch.as_tensor(factors.Z).cpu() != 0).sum(0)
     scale = None if factors.neuron_scale is None else torch.as_tensor(factors.neuron_scale).cpu().float()
-    return ProjectionDictionary("random", vectors, scale=scale, floor=True)
+    return ProjectionDictionary("random", _random_vectors(factors, sizes, seed), scale=scale, floor=True)
 
 
 def random_group_vectors(factors: snmf_kernels.Factorization, count: int, *, seed: int = 0) -> Tensor:
-    """The vectors of :func:`random_groups`, as many as wanted, ``[count, d]`` float32.
+    """Vectors as those of :func:`random_groups`, as many as wanted, ``[count, d]`` float32.
 
     Args:
         factors: what to imitate: sizes are those of its features in turn, without dead ones.
@@ -205,14 +205,17 @@ def random_group_vectors(factors: snmf_kernels.Factorization, count: int, *, see
     Raises:
         ValueError: every feature is dead.
     """
-    Z = torch.as_tensor(factors.Z).cpu()
-    shape = (Z.shape[0], count)
-    generator = torch.Generator().manual_seed(seed)
-    sizes = (Z != 0).sum(0)
+    sizes = (torch.as_tensor(factors.Z).cpu() != 0).sum(0)
     sizes = sizes[sizes > 0]
     if not len(sizes):
         raise ValueError("factors: every feature is dead: there are no groups to imitate")
-    sizes = sizes[torch.arange(count) % len(sizes)]
+    return _random_vectors(factors, sizes[torch.arange(count) % len(sizes)], seed)
+
+
+def _random_vectors(factors: snmf_kernels.Factorization, sizes: Tensor, seed: int) -> Tensor:
+    """Vectors with so many non-zeros each, ``[len(sizes), d]`` float32, in the units that Z is in."""
+    shape = (factors.Z.shape[0], len(sizes))
+    generator = torch.Generator().manual_seed(seed)
     # Each column of the argsort is a permutation: so many of its entries are below the column's count.
     support = torch.rand(shape, generator=generator).argsort(0) < sizes
     vectors = (torch.randn(shape, generator=generator) * support).T.contiguous()

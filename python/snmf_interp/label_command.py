@@ -92,9 +92,7 @@ def label(
         from . import show
 
         screen.print(
-            show.label_table(
-                features[: top or _SHOWN], labels, screen.width, marks=not screen.is_terminal
-            )
+            show.label_table(features[: top or _SHOWN], labels, screen.width, marks=not screen.is_terminal)
         )
         _summary(screen, number, labels, time.perf_counter() - started)
     if llm is not None and not as_json:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .features import mean_active
+from .trees import VERSION as TREE_VERSION
 
 if TYPE_CHECKING:
     import snmf_kernels
@@ -206,6 +207,10 @@ def check_tree(tree: Mapping[str, Any]) -> None:
         raise ValueError(f"{wanted}; got something in which {error!r}") from error
     if missing:
         raise ValueError(f"{wanted}; it has no {missing[0]!r}")
+    if tree.get("version") != TREE_VERSION:
+        raise ValueError(
+            f"{wanted}; this one is of version {tree.get('version')}, not {TREE_VERSION}: write it again"
+        )
 
 
 def _context(

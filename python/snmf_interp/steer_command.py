@@ -317,7 +317,9 @@ def _own_words(feature: Feature | None) -> Any:
         return None
     raised = feature.effects.raised if feature.effects is not None else ()
     words = {word.strip() for word, _ in (*feature.words, *raised)}
-    own = (word for word in sorted(words) if len(word) > 3 and is_letters(word) and not is_function_word(word))
+    own = (
+        word for word in sorted(words) if len(word) > 3 and is_letters(word) and not is_function_word(word)
+    )
     chosen = "|".join(map(re.escape, own))
     return regex.compile(rf"\b(?:{chosen})\b", regex.IGNORECASE) if chosen else None
 

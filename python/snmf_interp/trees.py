@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .store import ActivationStore
 
 _FORMAT = "snmf_interp.tree"
+# Of exported trees. 2: nodes have names, and concepts above chance alone.
+VERSION = 2
 # Of what a description says; another's is written anew.
 _DESCRIBED = 2
 
@@ -137,7 +139,7 @@ class Tree:
         """JSON values: nodes and links in lists, shared children once."""
         return {
             "format": _FORMAT,
-            "version": 2,
+            "version": VERSION,
             "sizes": list(self.sizes),
             "threshold": self.threshold,
             "most": self.most,

@@ -29,13 +29,13 @@ Maker = Callable[..., LanguageModel]
 HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>\u2028\u202e&lt;"
 TREE = {
     "format": "snmf_interp.tree",
-    "version": 1,
+    "version": 2,
     "sizes": [2, 1],
     "threshold": 0.15,
     "most": 4,
     "roots": ["1/0"],
     "nodes": [
-        {"id": "0/0", "level": 0, "index": 0, "energy": 0.4, "words": [HOSTILE]},
+        {"id": "0/0", "level": 0, "index": 0, "energy": 0.4, "name": HOSTILE, "words": [HOSTILE]},
         {"id": "0/1", "level": 0, "index": 1, "energy": 0.6},
         {"id": "1/0", "level": 1, "index": 0, "energy": 1.0},
     ],

@@ -79,7 +79,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
         distinctive=words_of,
         concept=HOSTILE,
         clarity=0.9,
+        name=HOSTILE,
     )
+    features[1] = dataclasses.replace(features[1], concept="colours")
     features[4] = dataclasses.replace(features[4], tokens=(), concept=None)
     write_features(run.features_path(0), features)
     labels = [

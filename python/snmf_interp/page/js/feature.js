@@ -8,8 +8,9 @@ function featureView(feature) {
     h(
       "header",
       { class: "title" },
-      h("p", { class: "crumb" }, `layer ${feature.layer} · feature ${feature.index} · named by ${visible(feature.named_by)}`),
+      h("p", { class: "crumb" }, `layer ${feature.layer} · feature ${feature.index}`),
       h("h2", { tabindex: "-1" }, feature.dead ? "Dead feature" : visible(feature.name) || "No words"),
+      feature.named_by !== "words" && h("p", { class: "sub" }, `named by ${visible(feature.named_by)}`),
       feature.concept &&
         h(
           "p",
