@@ -16,7 +16,17 @@ from tqdm import tqdm
 from . import files, hooks
 from .equal_texts import text_groups
 from .models import LanguageModel
-from .store import FORMAT, MANIFEST, PLAN, ActivationStore, Corpus, read_tensors, shard_name
+from .store import (
+    FORMAT,
+    MANIFEST,
+    PLAN,
+    SHARDS,
+    ActivationStore,
+    Corpus,
+    check_tensors,
+    read_tensors,
+    shard_name,
+)
 from .texts import Sample, as_samples, digest
 
 logger = logging.getLogger(__name__)
@@ -76,7 +86,8 @@ def collect(
             text is empty.
         layers: see :meth:`LanguageModel.parse_layers`.
         out: folder of the store; None keeps it in memory. A folder in which the same collection was cut short
-            is resumed: its finished shards are kept, and the result is the same to the bit.
+            is resumed: its finished shards are kept, and the result is the same to the bit. Of a finished store all
+            checksums are compared (0.3 s a GB), and what is missing or damaged is computed again.
         batch_size: texts per forward pass. Texts of like length share a pass; the order of the results is
             that of ``samples``.
         max_tokens: longer texts are cut to this many tokens, the start token included; None for the model's
@@ -138,8 +149,8 @@ def collect(
     folder = None if out is None else Path(out)
     if folder is not None and (folder / PLAN).is_file():
         _refuse_other(folder, options)
-        if (folder / MANIFEST).is_file():
-            return ActivationStore.open(folder)
+        if (folder / MANIFEST).is_file() and (finished := _whole(folder)) is not None:
+            return finished
     corpus, n_cut = _tokenise(model, texts, options.max_tokens)
     plan = {
         "format": FORMAT,
@@ -150,9 +161,8 @@ def collect(
         "special_ids": sorted(model.special_ids),
         "shards": _split(corpus, shard_tokens),
     }
-    if folder is not None and not (folder / PLAN).is_file():
-        corpus.save(folder)
-        files.write_json(folder / PLAN, plan)
+    if folder is not None:
+        _begin(folder, corpus, plan, options)
     run = _Run(model, corpus, plan, options, stored)
     shards = run.shards(folder, progress)
     manifest = _finalise(run, shards, n_cut)
@@ -213,8 +223,10 @@ class _Run:
         """A shard of an earlier run, or None when it is not there or not whole."""
         if not path.is_file():
             return None
+        names = ("places", "norms", *(f"layer_{layer}" for layer in self.options.layers))
         try:
             shard = read_tensors(path)
+            check_tensors(path, names)
         except ValueError:
             logger.warning("%s is damaged and is computed again", path)
             return None
@@ -345,6 +357,38 @@ def _finalise(run: _Run, shards: Sequence[Mapping[str, Tensor]], n_cut: int) -> 
         "kept": {layer: values["kept"] for layer, values in per_layer.items()},
     }
     return {"format": FORMAT, "counts": counts, "layers": per_layer}
+
+
+def _whole(folder: Path) -> ActivationStore | None:
+    """A finished store, or None where something of it is missing or damaged."""
+    try:
+        store = ActivationStore.open(folder)
+        store.check()
+    except ValueError:
+        logger.warning("%s is incomplete or damaged; what is missing is computed again", folder)
+        return None
+    return store
+
+
+def _begin(folder: Path, corpus: Corpus, plan: dict[str, Any], options: _Options) -> None:
+    """Write the plan and the tokens of a collection where they are not there, or not whole.
+
+    Raises:
+        ValueError: another process has begun another collection there.
+    """
+    with files.locked(folder):
+        if (folder / PLAN).is_file():
+            _refuse_other(folder, options)
+            try:
+                Corpus.load(folder)
+            except ValueError:
+                corpus.save(folder)
+            return
+        # Nothing says what shards without a plan are of.
+        for path in (folder / MANIFEST, *folder.glob(SHARDS)):
+            path.unlink(missing_ok=True)
+        corpus.save(folder)
+        files.write_json(folder / PLAN, plan)
 
 
 def _refuse_other(folder: Path, options: _Options) -> None:

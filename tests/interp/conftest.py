@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -82,6 +84,44 @@ def make_network(family: str, *, layers: int = 3) -> Any:
             if parameter.ndim > 1:
                 parameter.mul_(8)
     return network.eval()
+
+
+def refuse_writing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Make everything below a folder answer as a read-only file system does, also to root."""
+    real_open, real_mkdir, real_access = os.open, os.mkdir, os.access
+
+    def inside(path: Any) -> bool:
+        return isinstance(path, str | Path) and Path(path).absolute().is_relative_to(folder.absolute())
+
+    def refuse(path: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    def guarded_open(path: Any, flags: int, *args: Any, **options: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and inside(path):
+            refuse(path)
+        return real_open(path, flags, *args, **options)
+
+    def guarded_mkdir(path: Any, *args: Any, **options: Any) -> None:
+        # As the system does for one that is there.
+        if inside(path) and not Path(path).exists():
+            refuse(path)
+        real_mkdir(path, *args, **options)
+
+    def guarded_access(path: Any, mode: int, **options: Any) -> bool:
+        return not (mode & os.W_OK and inside(path)) and real_access(path, mode, **options)
+
+    monkeypatch.setattr(os, "open", guarded_open)
+    monkeypatch.setattr(os, "mkdir", guarded_mkdir)
+    monkeypatch.setattr(os, "access", guarded_access)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """All files of a folder but locks."""
+    return {
+        path: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.endswith(".lock")
+    }
 
 
 @pytest.fixture

@@ -381,7 +381,7 @@ class TestResume:
                 assert same_bits(resumed, whole)
                 finished = max(0, min(dies_at + after - 3, n_shards))
                 assert len(computed) == n_shards - finished
-                assert not list(folder.glob(".*"))
+                assert not list(folder.glob(".*.tmp"))
 
     def test_damaged_shard_is_computed_again(
         self, tmp_path: Path, make_model: Maker, samples: list[Sample], caplog: pytest.LogCaptureFixture
@@ -393,6 +393,88 @@ class TestResume:
         (tmp_path / shard_name(2)).write_bytes(b"nonsense")
         assert same_bits(collect(model, samples, "0,2", out=tmp_path, **self.OPTIONS), whole)
         assert "shard-00002.safetensors is damaged" in caplog.text
+
+    @pytest.mark.parametrize("harm", ["missing", "cut", "flipped"])
+    @pytest.mark.parametrize("name", [shard_name(2), "tokens.safetensors", "samples.jsonl", MANIFEST])
+    def test_finished_store_is_mended(
+        self,
+        tmp_path: Path,
+        make_model: Maker,
+        samples: list[Sample],
+        monkeypatch: pytest.MonkeyPatch,
+        name: str,
+        harm: str,
+    ) -> None:
+        """Only what is missing or damaged is computed again, by the same call."""
+        model = make_model()
+        whole = collect(model, samples, "0,2", out=tmp_path, **self.OPTIONS)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        path = tmp_path / name
+        if harm == "missing":
+            path.unlink()
+        else:
+            damaged = bytearray(before[name])
+            # The last byte of the last tensor, or of the text.
+            damaged[-3] ^= 0xFF
+            path.write_bytes(damaged if harm == "flipped" else damaged[:-3])
+        computed: list[int] = []
+        monkeypatch.setattr(activations._Run, "_compute", counting(activations._Run._compute, computed))
+        assert same_bits(collect(model, samples, "0,2", out=tmp_path, **self.OPTIONS), whole)
+        assert computed == ([whole.plan["shards"][2][0]] if name == shard_name(2) else [])
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    @pytest.mark.parametrize("tensor", ["layer_0", "layer_2", "places", "norms"])
+    def test_a_changed_byte_is_found_when_it_is_read(
+        self, tmp_path: Path, make_model: Maker, samples: list[Sample], tensor: str
+    ) -> None:
+        collect(make_model(), samples, "0,2", out=tmp_path, **self.OPTIONS)
+        path = tmp_path / shard_name(1)
+        content = bytearray(path.read_bytes())
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        content[8 + length + header[tensor]["data_offsets"][0]] ^= 1
+        path.write_bytes(content)
+        if tensor in ("places", "norms"):
+            with pytest.raises(
+                ValueError, match=rf"{path.name} is missing or damaged \({tensor} does not match"
+            ):
+                ActivationStore.open(tmp_path)
+            return
+        store = ActivationStore.open(tmp_path)
+        other = {"layer_0": 2, "layer_2": 0}[tensor]
+        assert len(store.layer(other))
+        with pytest.raises(ValueError, match=rf"{path.name} is missing or damaged \({tensor} does not match"):
+            store.layer(2 - other)
+
+    def test_a_store_without_checksums_is_read(
+        self, tmp_path: Path, make_model: Maker, samples: list[Sample]
+    ) -> None:
+        """As older versions wrote it."""
+        from safetensors.torch import load_file, save_file
+
+        model = make_model()
+        whole = collect(model, samples, "0,2", out=tmp_path, **self.OPTIONS)
+        for path in tmp_path.glob("*.safetensors"):
+            save_file({name: tensor.clone() for name, tensor in load_file(path).items()}, path)
+        assert same_bits(ActivationStore.open(tmp_path), whole)
+        assert same_bits(collect(model, samples, "0,2", out=tmp_path, **self.OPTIONS), whole)
+
+    def test_another_collection_that_began_meanwhile_stands(
+        self, tmp_path: Path, make_model: Maker, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = make_model()
+        tokenise = activations._tokenise
+
+        def meanwhile(*args: Any) -> Any:
+            monkeypatch.setattr(activations, "_tokenise", tokenise)
+            collect(model, samples, "1", out=tmp_path, **self.OPTIONS)
+            return tokenise(*args)
+
+        monkeypatch.setattr(activations, "_tokenise", meanwhile)
+        with pytest.raises(ValueError, match=r"differs in layers \(\[1\] there, \[0, 2\] now\)"):
+            collect(model, samples, "0,2", out=tmp_path, **self.OPTIONS)
+        expected = collect(model, samples, "1", **self.OPTIONS)
+        assert torch.equal(ActivationStore.open(tmp_path).layer(1), expected.layer(1))
 
     def test_finished_store_needs_no_pass(
         self, tmp_path: Path, make_model: Maker, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
