@@ -102,7 +102,7 @@ def fit_settings(run: Run, layers: Sequence[int], given: Collection[str] = ()) -
     left_out = {"seed", "device", "backend", *given}
     found: dict[int, dict[str, Any]] = {}
     for layer in (layer for layer in layers if run.is_fitted(layer)):
-        record = run.config["layers"][str(layer)]
+        record = run.record(layer)
         # "auto" is different things to different solvers.
         options = record["options"] | {"neuron_scale": record["solver_options"]["neuron_scale"]}
         found[layer] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -28,6 +29,12 @@ def open_plan(folder: Path, wanted: dict[str, Any], *, overwrite: bool) -> None:
     Raises:
         ValueError: the folder has a comparison of another plan.
     """
+    # Two commands may begin at once: the second then finds the plan of the first.
+    with files.locked(folder.parent) if files.is_writable(folder) else contextlib.nullcontext():
+        _write_plan(folder, wanted, overwrite=overwrite)
+
+
+def _write_plan(folder: Path, wanted: dict[str, Any], *, overwrite: bool) -> None:
     wanted = json.loads(json.dumps(wanted)) | {"format": FORMAT}
     there: dict[str, Any] = {}
     if (folder / "plan.json").is_file():
@@ -44,8 +51,8 @@ def open_plan(folder: Path, wanted: dict[str, Any], *, overwrite: bool) -> None:
         if differing:
             shutil.rmtree(folder)
             there = {}
-    folder.mkdir(exist_ok=True)
-    files.write_json(folder / "plan.json", wanted | {"versions": there.get("versions", versions())})
+    with files.keeping("plans", folder):
+        files.write_json(folder / "plan.json", wanted | {"versions": there.get("versions", versions())})
 
 
 def kept_unsteered(path: Path, model: LanguageModel, protocol: Protocol) -> Unsteered:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,11 +262,18 @@ def _check_site(name: str, metadata: Any, model: LanguageModel, layer: int) -> N
 
 def save_autoencoder(rival: AutoencoderDictionary, folder: Path) -> None:
     """Write the autoencoder where :func:`load_autoencoder` and SAELens read it, whole or not at all."""
-    temporary = folder.with_name(folder.name + ".part")
-    temporary.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     save = getattr(rival.sae, "save_inference_model", rival.sae.save_model)
-    save(str(temporary))
-    os.replace(temporary, folder)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        built = Path(scratch) / "built"
+        built.mkdir()
+        save(str(built))
+        try:
+            built.rename(folder)
+        except OSError:
+            # Another process finished the same one first; theirs is as good.
+            if not folder.is_dir():
+                raise
 
 
 def _batches(tokens: Tensor, size: int, seed: int) -> Iterator[Tensor]:

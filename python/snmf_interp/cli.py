@@ -313,7 +313,7 @@ def fit(
     """Factorise the activations of a run, layer by layer. Layers that are finished already are kept.
 
     With --k auto each candidate is fitted from five starts on 80 % of the texts, and the largest k is chosen whose
-    features are found again as surely as those of any; the table goes into the run's config.json.
+    features are found again as surely as those of any; the table goes into DIR/layer_N/fit.json.
     """
     from .runs import Run
 

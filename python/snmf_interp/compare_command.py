@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from .features import Feature
     from .models import LanguageModel
     from .runs import Run
+
+logger = logging.getLogger(__name__)
 
 
 def compare(
@@ -73,8 +76,9 @@ def compare(
                 factors[number], first, second, other, number, described=top, n_tokens=contexts
             )
         result = _as_dict(results[number], opened, other)
-        assert second.path is not None
-        files.write_json(second.path.parent / f"layer_{number}.json", result)
+        if second.path is not None:
+            with files.keeping("comparisons", opened.path):
+                files.write_json(second.path.parent / f"layer_{number}.json", result)
         if as_json:
             typer.echo(json.dumps(result, ensure_ascii=False))
             continue
@@ -104,8 +108,10 @@ def _load(
 
 def _collected(run: Run, model: LanguageModel, texts: str | None, chunk: int | None) -> Any:
     """The other checkpoint's activations of the run's texts, collected as the run was."""
+    from . import files
     from .activations import collect
     from .compare import check_tokens
+    from .store import MANIFEST
     from .texts import digest, read_texts
 
     source = texts or run.config["texts"]["source"]
@@ -121,11 +127,16 @@ def _collected(run: Run, model: LanguageModel, texts: str | None, chunk: int | N
         check_tokens(
             sample.id, corpus.tokens_of(number), ids, (run.config["model"]["name"], model.name), model
         )
+    folder = run.path / "compare" / model.fingerprint() / "activations"
+    if not (kept := files.is_writable(folder)):
+        logger.warning(
+            "%s may not be written to: the other activations are held in memory and not kept", run.path
+        )
     return collect(
         model,
         samples,
         run.layers,
-        out=run.path / "compare" / model.fingerprint() / "activations",
+        out=folder if kept or (folder / MANIFEST).is_file() else None,
         **{
             name: collected[name]
             for name in (

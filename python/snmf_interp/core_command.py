@@ -100,8 +100,8 @@ def core(
                 terminal.fitted(screen, number, record)
     options = {
         "concepts": concepts, "words": words, "m": m, "min_precision": min_precision, "kl": kl, "random": random,
-        "controls": controls, "seed": seed, "fit": opened.config["layers"][str(layer)]["options"],
-        "relative_error": opened.config["layers"][str(layer)]["relative_error"],
+        "controls": controls, "seed": seed, "fit": opened.record(layer)["options"],
+        "relative_error": opened.record(layer)["relative_error"],
         "equal_texts": opened.store().corpus.n_equal,
     }  # fmt: skip
     result = _kept(opened, layer, concepts, options)
@@ -109,7 +109,8 @@ def core(
         result = {"format": FORMAT, "options": options, **_measured(opened, layer, options, load, known)}
         from . import files
 
-        files.write_json(_path(opened, layer, concepts), result)
+        with files.keeping("tables", opened.path):
+            files.write_json(_path(opened, layer, concepts), result)
     if as_json:
         typer.echo(json.dumps({"layer": layer, **result}, ensure_ascii=False))
     else:
@@ -139,7 +140,7 @@ def _opened(
     if (folder / CONFIG).is_file():
         opened = Run.open(folder)
         # Another model of the same name is told by its weights when it is loaded.
-        if opened.config["texts"]["digest"] == digest(samples):
+        if opened.config["texts"]["digest"] == digest(samples) and opened.is_whole:
             return opened, chosen, terminal.loader(opened, device)
 
     @functools.cache

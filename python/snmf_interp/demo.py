@@ -79,7 +79,8 @@ def _collected(
     if (folder / CONFIG).is_file():
         found = Run.open(folder)
         same_texts = found.config["texts"]["digest"] == digest(samples)
-        if same_texts and found.config["model"]["name"] == model and found.layers == layers:
+        same = same_texts and found.config["model"]["name"] == model and found.layers == layers
+        if same and found.is_whole:
             terminal.done(screen, "activations", None)
             return found
     loaded = load()
@@ -139,7 +140,8 @@ def _afterword(screen: Console, opened: Run, model: str, layers: list[int]) -> N
         Text.assemble(
             ("\nFull results", "bold"),
             f" are in {where}/: for each layer features.jsonl (all {K} features, 25 contexts each) and "
-            "factors.safetensors; the activations; and config.json with every option and version.\n",
+            "factors.safetensors, and fit.json with the fit's options; the activations; and config.json with all other "
+            "options and versions.\n",
         )
     )
     screen.print(Text("Try next", style="bold"))

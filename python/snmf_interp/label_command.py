@@ -61,6 +61,7 @@ def label(
     model, which reads each feature's strongest tokens in context. Labels are kept in DIR/layer_N/labels, and
     a model's answers in DIR/llm: the same command asks only for what is missing.
     """
+    from . import files
     from .features import by_clarity
     from .labels import SIDES, label_features, made_by, write_labels
     from .runs import Run
@@ -81,8 +82,13 @@ def label(
         started = time.perf_counter()
         features = sorted(opened.features(number, load), key=by_clarity)[:top]
         corpus = opened.words(load) if llm is None else None
+        # Features that could not be kept have said so, and labels are kept beside theirs alone.
+        described = opened.features_path(number)
+        record = made_by(llm, described) if described.is_file() else None
         labels = label_features(features, llm, sides=sides, corpus=corpus)
-        write_labels(opened.labels_folder(number), labels, made_by(llm, opened.features_path(number)))
+        if record is not None:
+            with files.keeping("labels", opened.path):
+                write_labels(opened.labels_folder(number), labels, record)
         asked += len(labels)
         reasons.update(label.reason for label in labels if label.reason is not None)
         if as_json:

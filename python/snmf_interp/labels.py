@@ -175,6 +175,8 @@ def parse_label(answer: Mapping[str, Any]) -> str:
 def write_labels(folder: Path, labels: Sequence[Label], record: Mapping[str, Any]) -> list[Label]:
     """Keep labels of one source, with those that are there already and were made the same way.
 
+    Several processes may do so at once.
+
     Args:
         folder: ``layer_6/labels`` of a run.
         labels: all of one source.
@@ -183,6 +185,12 @@ def write_labels(folder: Path, labels: Sequence[Label], record: Mapping[str, Any
     Returns:
         All labels of the source, by index and side.
     """
+    # Beside the folder, which goes when the layer is fitted anew.
+    with files.locked(folder.parent):
+        return _written(folder, labels, record)
+
+
+def _written(folder: Path, labels: Sequence[Label], record: Mapping[str, Any]) -> list[Label]:
     (source,) = {label.source for label in labels}
     path = labels_path(folder, source)
     there = files.read_versioned(_record_path(path), FORMAT) if _record_path(path).is_file() else {}

@@ -77,7 +77,8 @@ class _CachedModel(ABC):
                 if self._cache is not None and raw is not None and answer.text is not None:
                     sent = self._secrets.hide_in(self._sent(wanted[key]))
                     record = {"origin": self.origin, "request": sent, "response": raw}
-                    files.write_json(self._path(key), record)
+                    with files.keeping("answers", self._cache):
+                        files.write_json(self._path(key), record)
                 answers[key] = answer
                 self.usage = self.usage.plus(answer)
                 bar.update()

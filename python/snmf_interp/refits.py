@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,8 @@ from .stability import THRESHOLD, Stability, check_seeds, stability_of
 
 if TYPE_CHECKING:
     from .runs import Run
+
+logger = logging.getLogger(__name__)
 
 _FORMAT = 2
 # Under the name of what was chosen, in the record of a layer.
@@ -44,7 +47,7 @@ def other_starts(
     """
     check_seeds(count, 2)
     first = run.factors(layer)
-    options = dict(run.config["layers"][str(layer)]["options"])
+    options = dict(run.record(layer)["options"])
     k, own = options.pop("k"), options.pop("seed", 0)
     folder = run.factors_path(layer).parent / "starts"
     seeds = [seed for seed in range(count) if seed != own][: count - 1]
@@ -60,7 +63,8 @@ def other_starts(
                     before(seed)
             fits = snmf_kernels.fit_many(A, k, seed=group, progress=progress, **options)
             for seed, fit in zip(group, fits, strict=True):
-                fit.save(folder / f"seed_{seed}.safetensors")
+                with files.keeping("fits from other starts", run.path):
+                    fit.save(folder / f"seed_{seed}.safetensors")
                 found[seed] = fit
     return [first, *(fit for fit in found.values() if fit is not None)]
 
@@ -113,8 +117,10 @@ def choose_k(
     rows = _evidence(path, asked)
 
     def keep(row: KEvidence) -> None:
-        rows[row.k] = row
-        files.write_json(path, asked | {"evidence": [asdict(rows[k]) for k in sorted(rows)]})
+        with files.locked(path.parent):
+            # Another command may have added to it meanwhile.
+            found = _evidence(path, asked) | {row.k: row}
+            files.write_json(path, asked | {"evidence": [asdict(found[k]) for k in sorted(found)]})
 
     return suggest_k(
         activations.T,
@@ -133,7 +139,11 @@ def _saved(path: Path, like: snmf_kernels.Factorization, seed: int) -> snmf_kern
     """A fit of an earlier call, or None where there is none with these options."""
     if not path.is_file():
         return None
-    there = snmf_kernels.Factorization.load(path)
+    try:
+        there = snmf_kernels.Factorization.load(path)
+    except ValueError as error:
+        logger.warning("seed %d is fitted again: %s", seed, error)
+        return None
     return there if _plain(there.options) == _plain({**like.options, "seed": seed}) else None
 
 

@@ -217,7 +217,7 @@ def _facts(run: Run, layers: Sequence[int]) -> list[dict[str, Any]]:
         },
     ]
     for layer in layers:
-        record = config["layers"][str(layer)]
+        record = run.record(layer)
         options = record["solver_options"]
         shown = (
             "solver",

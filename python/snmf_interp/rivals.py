@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
     from .dictionaries import Dictionary
     from .models import LanguageModel
     from .runs import Run
+
+logger = logging.getLogger(__name__)
 
 # Other factorisations of the same size; they differ from the plan's in what they name.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -234,11 +237,12 @@ class Trial:
             rows.append(permuted)
         folder = self.folder / f"layer_{layer}"
         path = folder / "matches.json"
-        there = files.read_versioned(path, FORMAT)["matches"] if path.is_file() else {}
-        files.write_json(path, {"format": FORMAT, "matches": there | matches})
         methods = {row.method: row.by_concept() for row in rows}
         content = {"format": FORMAT, "versions": versions(), "eps": EPS, "methods": methods}
-        files.write_json(folder / "detection.json", files.finite(content))
+        with files.keeping("detections", self.run.path), files.locked(folder):
+            there = files.read_versioned(path, FORMAT)["matches"] if path.is_file() else {}
+            files.write_json(path, {"format": FORMAT, "matches": there | matches})
+            files.write_json(folder / "detection.json", files.finite(content))
         return rows
 
     def steer(
@@ -389,13 +393,19 @@ class Trial:
         import snmf_kernels
 
         path = self.folder / f"layer_{layer}" / f"{name}.safetensors"
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            chosen: dict[str, Any] = (
-                {"neuron_scale": "rms", "seed": self.plan.seed} | dict(self.plan.fit) | dict(options)
-            )
-            snmf_kernels.fit(ours.float().T, self.plan.k, **chosen).save(path)
-        return snmf_kernels.Factorization.load(path)
+        if path.is_file():
+            try:
+                return snmf_kernels.Factorization.load(path)
+            except ValueError as error:
+                logger.warning("%s of layer %d is fitted again: %s", name, layer, error)
+        chosen: dict[str, Any] = (
+            {"neuron_scale": "rms", "seed": self.plan.seed} | dict(self.plan.fit) | dict(options)
+        )
+        factors = snmf_kernels.fit(ours.float().T, self.plan.k, **chosen)
+        with files.keeping("fits", self.run.path):
+            factors.save(path)
+        # As a later call finds it, to the bit.
+        return snmf_kernels.Factorization.load(path) if path.is_file() else factors
 
     def _autoencoder(
         self, layer: int, factors: snmf_kernels.Factorization, activations: Tensor, text_of: Tensor
@@ -411,12 +421,15 @@ class Trial:
             {min(max(1, count), k) for count in (*(round(s * k) for s in _ACTIVE_SHARES), same)}
         ):
             folder = self.folder / f"layer_{layer}" / f"sae-{active}"
+            rival = None
             if not folder.is_dir():
-                trained = train_autoencoder(
+                rival = train_autoencoder(
                     activations[ours].T, k, active=active, neuron_scale=scale, seed=self.plan.seed
                 )
-                save_autoencoder(trained, folder)
-            rival = AutoencoderDictionary(load_autoencoder(str(folder)).sae, scale=scale)
+                with files.keeping("autoencoders", self.run.path):
+                    save_autoencoder(rival, folder)
+            if rival is None or folder.is_dir():
+                rival = AutoencoderDictionary(load_autoencoder(str(folder)).sae, scale=scale)
             scores = rival.scores(activations, text_of, len(self.labels))
             value = float(auroc(scores[:, self.train], labels)[1].amax(0).mean())
             if best is None or value > best[0]:

@@ -1,8 +1,9 @@
 """A run: one folder with the activations of a corpus, a factorisation per layer, and their features.
 
-    config.json                     versions, model, texts, hook names, counts; per layer its fit's options and outcome
+    config.json                     versions, model, texts, hook names, counts
     activations/                    see snmf_interp.store
     layer_6/factors.safetensors     snmf_kernels.Factorization
+    layer_6/fit.json                the options of this fit and its outcome
     layer_6/features.jsonl          one snmf_interp.Feature a line
     layer_6/effects.safetensors     what features do to the next word, see snmf_interp.effects
     layer_6/labels/words.jsonl      one snmf_interp.Label a line, a file for each source, a manifest beside it
@@ -16,13 +17,16 @@
     compare/                        what another checkpoint makes of the texts
     eval/                           other methods on the same texts, see snmf_interp.rivals
 
-Every step may be cut short: what is finished is kept, and the same step done again does only what is missing.
+Every step may be cut short: what is finished is kept, and the same step done again does only what is missing. Several
+commands may work on one run at once: a file that two of them change is locked while one does. Where a run may not be
+written to, what is found from it is shown and not kept.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import logging
 import shlex
 import shutil
 import time
@@ -43,6 +47,8 @@ if TYPE_CHECKING:
     from .store import ActivationStore
     from .texts import Sample
     from .trees import Description, Place, Tree
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 CONFIG, ACTIVATIONS, WORDS, TOKENS = "config.json", "activations", "words.json", "tokens.json"
@@ -90,11 +96,15 @@ class Run:
             "hook_names": store.plan["hook_names"],
             "collect": store.plan["options"],
             "counts": store.counts,
-            "layers": {},
         }
+        there: dict[str, Any] = {}
         if (folder / CONFIG).is_file():
-            config["layers"] = cls.open(folder).config["layers"]
-        files.write_json(folder / CONFIG, config)
+            with contextlib.suppress(ValueError):  # A damaged one is written anew.
+                older = cls.open(folder)
+                older._move_records()
+                there = older.config
+        if there != config:
+            files.write_json(folder / CONFIG, config)
         return cls(folder, config)
 
     @classmethod
@@ -103,6 +113,7 @@ class Run:
 
         Raises:
             FileNotFoundError: there is no run, or its collection has not finished.
+            ValueError: the folder's config.json is damaged, or none of a run: a model's, for instance.
         """
         folder = Path(path)
         if not folder.is_dir():
@@ -118,8 +129,22 @@ class Run:
             raise FileNotFoundError(
                 f"{folder} has no {CONFIG}; run the same collect command again to finish it"
             )
-        config = files.read_versioned(folder / CONFIG, FORMAT)
-        return cls(folder, config)
+        if "format" not in (config := files.read_json(folder / CONFIG)):
+            what = "a model's folder" if "model_type" in config or "architectures" in config else "no run"
+            raise ValueError(
+                f"{folder} is {what}: its {CONFIG} is not of `snmf collect`; "
+                f"make a run with `snmf collect MODEL TEXTS --out DIR`, and give that"
+            )
+        return cls(folder, files.read_versioned(folder / CONFIG, FORMAT))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the activations are there, as they were collected; checksums are compared (0.3 s a GB)."""
+        try:
+            self.store().check()
+        except (FileNotFoundError, ValueError):
+            return False
+        return True
 
     @property
     def layers(self) -> list[int]:
@@ -133,7 +158,23 @@ class Run:
 
     def is_fitted(self, layer: int) -> bool:
         """Whether ``layer`` has been factorised."""
-        return str(layer) in self.config["layers"] and self.factors_path(layer).is_file()
+        recorded = self._record_path(layer).is_file() or str(layer) in self._older_records
+        return recorded and self.factors_path(layer).is_file()
+
+    def record(self, layer: int) -> dict[str, Any]:
+        """How a layer was factorised: options, outcome and versions, and what was noted of it; as it is now on disk.
+
+        Raises:
+            FileNotFoundError: the layer is not factorised.
+        """
+        self._check_fitted(layer)
+        path = self._record_path(layer)
+        if not path.is_file():
+            older: dict[str, Any] = self._older_records[str(layer)]
+            return older
+        record = files.read_versioned(path, FORMAT)
+        del record["format"]
+        return record
 
     def parse_layers(
         self, layers: str | int | Iterable[int | str] | None, *, name: str = "layers"
@@ -189,6 +230,8 @@ class Run:
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         """Factorise layers one after another; a layer that has the same options already is not fitted again.
 
+        Several processes may fit layers of one run at once. One whose factors are damaged is fitted again.
+
         Args:
             layers: see :meth:`parse_layers`.
             k: features per layer.
@@ -212,25 +255,17 @@ class Run:
         chosen = self.parse_layers(layers)
         todo = [layer for layer in chosen if not self._has(layer, wanted, overwrite)]
         store = self.store() if todo else None
+        if todo:
+            self._move_records()
         for layer in chosen:
             if layer not in todo or store is None:
-                yield layer, self.config["layers"][str(layer)] | {"reused": True}
+                yield layer, self.record(layer) | {"reused": True}
                 continue
             if before_layer:
                 before_layer(layer)
             started = time.perf_counter()
             factors = snmf_kernels.fit(store.layer(layer).T, k, progress=progress, **options)
             seconds = time.perf_counter() - started
-            # Neither the record nor the descriptions and labels of old factors may outlive them.
-            self.features_path(layer).unlink(missing_ok=True)
-            self.effects_path(layer).unlink(missing_ok=True)
-            for made in (self.labels_folder(layer), self.core_folder(layer)):
-                if made.is_dir():
-                    shutil.rmtree(made)
-            if self.config["layers"].pop(str(layer), None):
-                files.write_json(self.path / CONFIG, self.config)
-            self.factors_path(layer).parent.mkdir(parents=True, exist_ok=True)
-            factors.save(self.factors_path(layer))
             record = {
                 "options": wanted,
                 "solver_options": {name: _plain(value) for name, value in factors.options.items()},
@@ -243,9 +278,7 @@ class Run:
                 "seconds": round(seconds, 2),
                 "versions": versions(),
             }
-            self.config["layers"][str(layer)] = record
-            files.write_json(self.path / CONFIG, self.config)
-            yield layer, record | {"reused": False}
+            yield layer, self._put(layer, factors, record, overwrite)
 
     def factors(self, layer: int) -> snmf_kernels.Factorization:
         """The factorisation of a layer.
@@ -288,9 +321,14 @@ class Run:
             with contextlib.suppress(OutdatedFeaturesError):
                 features = read_features(path)
         if features is None:
+            self._check_fitted(layer)
+            state = self._state(layer)
             factors, loaded = self.factors(layer), self._checked(model)
             features = describe(factors, self.store(), loaded, layer, corpus=self.words(loaded))
-            write_features(path, features)
+            with files.keeping("features", self.path), files.locked(path.parent):
+                # Another command may have factorised the layer anew meanwhile.
+                if self._state(layer) == state:
+                    write_features(path, features)
         features = with_names(features, read_sources(self.labels_folder(layer)))
         if not self.effects_path(layer).is_file():
             return features
@@ -329,25 +367,34 @@ class Run:
         from .effects import KL, Effects, measure_effects
 
         path = self.effects_path(layer)
+        self._check_fitted(layer)
+        state = self._state(layer)
         factors = self.factors(layer)
-        there: Effects | None = None
-        named: dict[int, WordEffects] = {}
-        if path.is_file():
+
+        def kept() -> tuple[Effects | None, dict[int, WordEffects]]:
+            if not path.is_file():
+                return None, {}
             there, named, _ = Effects.load(path)
-            if kl is not None and there.target != kl:
-                there, named = None, {}
-        kl = kl or (KL if there is None else there.target)
+            return (there, named) if kl in (None, there.target) else (None, {})
+
+        there, named = kept()
         wanted = range(factors.k) if indices is None else indices
         done = set() if there is None else {*there.index.tolist(), *map(int, factors.dead_features)}
         missing = [index for index in wanted if index not in done]
         if there is not None and not missing:
             return there
+        kl = kl or (KL if there is None else there.target)
         loaded = self._checked(model)
         found = measure_effects(loaded, layer, factors, missing, kl=kl, progress=progress)
-        named |= {index: found.words(loaded, index) for index in found.index.tolist()}
-        if there is not None:
-            found = there.joined(found)
-        found.save(path, named, {"weights": self.config["model"]["weights"], "versions": versions()})
+        words = {index: found.words(loaded, index) for index in found.index.tolist()}
+        with files.keeping("effects", self.path), files.locked(path.parent):
+            # Another command may have measured others meanwhile, or factorised the layer anew.
+            if self._state(layer) == state:
+                there, named = kept()
+                if there is not None:
+                    found = there.joined(found)
+                record = {"weights": self.config["model"]["weights"], "versions": versions()}
+                found.save(path, named | words, record)
         return found
 
     def words(self, model: LanguageModel | Callable[[], LanguageModel]) -> dict[str, int]:
@@ -365,7 +412,8 @@ class Run:
             return there
         counts = corpus_words(self.store(), model if isinstance(model, LanguageModel) else model())
         ordered = dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
-        files.write_json(path, {"format": FORMAT, "counts": ordered})
+        with files.keeping("counts of words", self.path):
+            files.write_json(path, {"format": FORMAT, "counts": ordered})
         return ordered
 
     def hierarchy(
@@ -393,14 +441,14 @@ class Run:
 
         Returns:
             The hierarchy and its record: ``options``, ``base`` (options of the factorisation that it began with, or
-            None), ``seconds`` (None where an earlier call was cut short) and ``reused``.
+            None), ``seconds`` (None where an earlier call was cut short) and ``reused``. Another process that makes
+            this layer's hierarchy is waited for. One that is damaged is made again.
 
         Raises:
             ValueError: the layer was not collected, or has a hierarchy of other options and ``overwrite`` is not set.
         """
         from .hierarchy import fit_hierarchy
         from .joint import JointOptions
-        from .levels import Hierarchy
 
         if layer not in self.layers:
             raise ValueError(
@@ -408,12 +456,9 @@ class Run:
             )
         base, base_record = None, None
         if self.is_fitted(layer):
-            fitted = self.config["layers"][str(layer)]
-            solver = fitted["solver_options"]
+            solver = self.record(layer)["solver_options"]
             if (solver["k"], solver["keep"], solver["neuron_scale"]) == (sizes[0], keep, neuron_scale):
                 base, base_record = self.factors(layer), self._base_record(layer)
-        folder = self._tree(layer)
-        manifest, result = folder / "manifest.json", folder / "hierarchy.safetensors"
         wanted = {
             "levels": list(sizes),
             "keep": keep,
@@ -423,6 +468,50 @@ class Run:
         }
         wanted |= {**options, "base": base_record}
         record: dict[str, Any] = {"format": 1, "options": wanted, "versions": versions(), "seconds": None}
+
+        def made(checkpoint: Path | None) -> Hierarchy:
+            return fit_hierarchy(
+                self.store().layer(layer).T,
+                sizes,
+                keep=keep,
+                neuron_scale=neuron_scale,
+                joint=None if joint is None else JointOptions(joint),
+                base=base,
+                seed=seed,
+                checkpoint=checkpoint,
+                **options,
+            )
+
+        folder = self._tree(layer)
+        manifest, result = folder / "manifest.json", folder / "hierarchy.safetensors"
+        writable = files.is_writable(folder)
+        with self._tree_lock(layer) if writable else contextlib.nullcontext():
+            if (kept := self._kept_hierarchy(layer, wanted, overwrite=overwrite)) is not None:
+                return kept[0], kept[1] | {"base": base_record, "reused": True}
+            started = time.perf_counter()
+            if not writable:
+                logger.warning("the hierarchy is not kept: %s may not be written to", folder)
+                hierarchy = made(None)
+                record["seconds"] = round(time.perf_counter() - started, 2)
+                return hierarchy, record | {"base": base_record, "reused": False}
+            begun = manifest.is_file()
+            files.write_json(manifest, record)
+            hierarchy = made(folder / "checkpoint")
+            if not begun:
+                record["seconds"] = round(time.perf_counter() - started, 2)
+            hierarchy.save(result)
+            files.write_json(manifest, record)
+            shutil.rmtree(folder / "checkpoint")
+        return hierarchy, record | {"base": base_record, "reused": False}
+
+    def _kept_hierarchy(
+        self, layer: int, wanted: dict[str, Any], *, overwrite: bool
+    ) -> tuple[Hierarchy, dict[str, Any]] | None:
+        """A finished hierarchy with these options and its record, or None; one with others goes with ``overwrite``."""
+        from .levels import Hierarchy
+
+        folder = self._tree(layer)
+        manifest, result = folder / "manifest.json", folder / "hierarchy.safetensors"
         if manifest.is_file():
             there = files.read_versioned(manifest, 1)
             differing = [
@@ -437,38 +526,26 @@ class Run:
                     f"not {wanted.get(name)}; use --overwrite (overwrite=True) to replace it"
                 )
             if not differing and result.is_file():
-                return Hierarchy.load(result), there | {"base": base_record, "reused": True}
-            if differing:
+                try:
+                    return Hierarchy.load(result), there
+                except ValueError as error:
+                    logger.warning("the hierarchy of layer %d is made again: %s", layer, error)
+            if differing and files.is_writable(folder):
                 shutil.rmtree(folder)
-        begun = manifest.is_file()
-        files.write_json(manifest, record)
-        started = time.perf_counter()
-        hierarchy = fit_hierarchy(
-            self.store().layer(layer).T,
-            sizes,
-            keep=keep,
-            neuron_scale=neuron_scale,
-            joint=None if joint is None else JointOptions(joint),
-            base=base,
-            seed=seed,
-            checkpoint=folder / "checkpoint",
-            **options,
-        )
-        if not begun:
-            record["seconds"] = round(time.perf_counter() - started, 2)
-        hierarchy.save(result)
-        files.write_json(manifest, record)
-        shutil.rmtree(folder / "checkpoint")
-        return hierarchy, record | {"base": base_record, "reused": False}
+        return None
 
     def descriptions(
-        self, layer: int, model: LanguageModel | Callable[[], LanguageModel]
+        self,
+        layer: int,
+        model: LanguageModel | Callable[[], LanguageModel],
+        hierarchy: Hierarchy | None = None,
     ) -> dict[Place, Description]:
         """What the features of a layer's hierarchy stand for, by ``(level, index)``: read, or found now and written.
 
         Args:
             layer: a layer whose hierarchy has been made.
             model: as for :meth:`features`.
+            hierarchy: what :meth:`hierarchy` gave, where it could not be kept; by default it is read.
 
         Raises:
             FileNotFoundError: there is no hierarchy.
@@ -478,20 +555,31 @@ class Run:
         from .trees import describe_levels, read_descriptions, write_descriptions
 
         path = self._tree(layer) / "descriptions.json"
-        found = read_descriptions(path) if path.is_file() else None
+        found = None
+        if hierarchy is None and path.is_file():
+            found = read_descriptions(path)
         if found is None:
-            hierarchy = Hierarchy.load(self._tree(layer) / "hierarchy.safetensors")
+            result = self._tree(layer) / "hierarchy.safetensors"
+            state = _state_of(result)
+            shown = Hierarchy.load(result) if hierarchy is None else hierarchy
             loaded = self._checked(model)
-            found = describe_levels(hierarchy, self.store(), loaded, layer, corpus=self.words(loaded))
-            write_descriptions(path, found)
+            found = describe_levels(shown, self.store(), loaded, layer, corpus=self.words(loaded))
+            if hierarchy is None:
+                with files.keeping("descriptions", self.path), self._tree_lock(layer):
+                    # Another command may have replaced the hierarchy meanwhile.
+                    if _state_of(result) == state:
+                        write_descriptions(path, found)
         return found | self._described_features(layer)
 
     def _described_features(self, layer: int) -> dict[Place, Description]:
         """What is known of the layer's own features, where they are the finest level: labels and effects among it."""
         from .trees import Description
 
-        base = files.read_versioned(self._tree(layer) / "manifest.json", 1)["options"]["base"]
-        if base is None or base != self._base_record(layer) or not self.features_path(layer).is_file():
+        manifest = self._tree(layer) / "manifest.json"
+        if not manifest.is_file() or not self.features_path(layer).is_file():
+            return {}
+        base = files.read_versioned(manifest, 1)["options"]["base"]
+        if base is None or base != self._base_record(layer):
             return {}
         return {
             (0, feature.index): Description.of(feature) for feature in self.features(layer, self.load_model)
@@ -530,13 +618,15 @@ class Run:
         from .models import LanguageModel
 
         path = self.path / TOKENS
-        if not path.is_file():
-            loaded = model if isinstance(model, LanguageModel) else model()
-            ids = (i for i in self.store().corpus.ids.unique().tolist() if i not in loaded.special_ids)
+        if path.is_file():
+            return {int(i): text for i, text in files.read_versioned(path, FORMAT)["texts"].items()}
+        loaded = model if isinstance(model, LanguageModel) else model()
+        ids = (i for i in self.store().corpus.ids.unique().tolist() if i not in loaded.special_ids)
+        texts = {i: loaded.token_text(i) for i in ids}
+        with files.keeping("texts of tokens", self.path):
             # JSON has no integers as names.
-            texts = {str(i): loaded.token_text(i) for i in ids}
-            files.write_json(path, {"format": FORMAT, "texts": texts})
-        return {int(i): text for i, text in files.read_versioned(path, FORMAT)["texts"].items()}
+            files.write_json(path, {"format": FORMAT, "texts": {str(i): text for i, text in texts.items()}})
+        return texts
 
     def load_model(self, *, device: str | None = None, trust_remote_code: bool = False) -> LanguageModel:
         """Load the model that the run was collected from, as it was loaded then.
@@ -566,7 +656,7 @@ class Run:
         from .features import mean_active
 
         self._check_fitted(layer)
-        kept: float | None = self.config["layers"][str(layer)].get("mean_active")
+        kept: float | None = self.record(layer).get("mean_active")
         return mean_active(self.factors(layer)) if kept is None else kept
 
     def features_path(self, layer: int) -> Path:
@@ -600,9 +690,54 @@ class Run:
         Raises:
             FileNotFoundError: the layer is not factorised.
         """
-        self._check_fitted(layer)
-        self.config["layers"][str(layer)][name] = content
-        files.write_json(self.path / CONFIG, self.config)
+        self._move_records()
+        with files.locked(self.factors_path(layer).parent):
+            files.write_json(
+                self._record_path(layer), {"format": FORMAT, **self.record(layer), name: content}
+            )
+
+    def _put(
+        self, layer: int, factors: snmf_kernels.Factorization, record: dict[str, Any], overwrite: bool
+    ) -> dict[str, Any]:
+        """Keep a fit with its record, unless another command has kept the same meanwhile; the record that counts."""
+        with files.locked(self.factors_path(layer).parent):
+            if self._has(layer, record["options"], overwrite):
+                return self.record(layer) | {"reused": True}
+            # Neither the record nor the descriptions and labels of old factors may outlive them.
+            self.features_path(layer).unlink(missing_ok=True)
+            self.effects_path(layer).unlink(missing_ok=True)
+            for made in (self.labels_folder(layer), self.core_folder(layer)):
+                if made.is_dir():
+                    shutil.rmtree(made)
+            self._record_path(layer).unlink(missing_ok=True)
+            factors.save(self.factors_path(layer))
+            files.write_json(self._record_path(layer), {"format": FORMAT, **record})
+        return record | {"reused": False}
+
+    def _record_path(self, layer: int) -> Path:
+        return self.path / f"layer_{layer}" / "fit.json"
+
+    @property
+    def _older_records(self) -> dict[str, Any]:
+        """Records of layers that an older version kept in config.json, for all layers together."""
+        records: dict[str, Any] = self.config.get("layers", {})
+        return records
+
+    def _move_records(self) -> None:
+        """Put records that an older version kept in config.json beside their factors."""
+        if "layers" not in self.config:
+            return
+        with files.locked(self.path):
+            config = files.read_versioned(self.path / CONFIG, FORMAT)
+            for layer, record in config.pop("layers", {}).items():
+                if not (path := self._record_path(int(layer))).is_file():
+                    files.write_json(path, {"format": FORMAT, **record})
+            files.write_json(self.path / CONFIG, config)
+        del self.config["layers"]
+
+    def _state(self, layer: int) -> tuple[int, int] | None:
+        """What differs once a layer has been factorised anew."""
+        return _state_of(self.factors_path(layer))
 
     def _check_fitted(self, layer: int) -> None:
         if not self.is_fitted(layer):
@@ -615,9 +750,13 @@ class Run:
         """What a hierarchy notes of the factorisation that it began with."""
         if not self.is_fitted(layer):
             return None
-        fitted = self.config["layers"][str(layer)]
+        fitted = self.record(layer)
         record: dict[str, Any] = fitted["options"] | {"loss": fitted["relative_error"]}
         return record
+
+    def _tree_lock(self, layer: int) -> contextlib.AbstractContextManager[None]:
+        # Beside the folder, which goes when the hierarchy is replaced.
+        return files.locked(self._tree(layer).parent, ".tree.lock")
 
     def _tree(self, layer: int) -> Path:
         return self.path / f"layer_{layer}" / "tree"
@@ -638,11 +777,16 @@ class Run:
             )
 
     def _has(self, layer: int, wanted: dict[str, Any], overwrite: bool) -> bool:
-        """Whether ``layer`` is fitted with these options."""
+        """Whether ``layer`` is fitted with these options, and its factors are whole."""
         if not self.is_fitted(layer):
             return False
-        there = self.config["layers"][str(layer)]["options"]
+        there = self.record(layer)["options"]
         if there == wanted:
+            try:
+                self.factors(layer)
+            except ValueError as error:
+                logger.warning("layer %d is fitted again: %s", layer, error)
+                return False
             return True
         if overwrite:
             return False
@@ -651,6 +795,15 @@ class Run:
             f"layer {layer} of {self.path} was factorised with {name} = {there.get(name)}, "
             f"not {wanted.get(name)}; use --overwrite (overwrite=True) to replace it, or another folder"
         )
+
+
+def _state_of(path: Path) -> tuple[int, int] | None:
+    """What differs once a file has been replaced; None when it is gone."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def versions() -> dict[str, str]:

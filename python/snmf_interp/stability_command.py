@@ -112,7 +112,7 @@ def fit_chosen(
     from .refits import K_CHOICE, choose_k
 
     if run.is_fitted(layer) and not overwrite:
-        record = run.config["layers"][str(layer)]
+        record = run.record(layer)
         k = record["options"]["k"]
         if K_CHOICE not in record:
             raise ValueError(

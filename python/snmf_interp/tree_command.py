@@ -88,7 +88,7 @@ def tree(
     opened = Run.open(run)
     layer = one_layer(opened, layers)
     # As the solver had them, whatever it was given.
-    own = opened.config["layers"][str(layer)]["solver_options"] if opened.is_fitted(layer) else {}
+    own = opened.record(layer)["solver_options"] if opened.is_fitted(layer) else {}
     sizes = sizes or _halved(own.get("k", _K))
     keep = own.get("keep", 0.01) if keep is None else keep
     scale = own.get("neuron_scale", "rms") if neuron_scale is None else neuron_scale
@@ -111,7 +111,9 @@ def tree(
         screen.print(Text(line, style="dim"))
     descriptions = None
     if describe:
-        descriptions = opened.descriptions(layer, terminal.loader(opened, device))
+        kept = (opened.path / f"layer_{layer}" / "tree" / "hierarchy.safetensors").is_file()
+        load = terminal.loader(opened, device)
+        descriptions = opened.descriptions(layer, load, None if kept else hierarchy)
     graph = build_tree(hierarchy, threshold=threshold, most=children, descriptions=descriptions)
     coarsest = [place for place in graph.roots if place[0] == len(sizes) - 1]
     shown = coarsest[: top or None]

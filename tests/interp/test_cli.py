@@ -17,8 +17,10 @@ from typer import rich_utils
 from typer.testing import CliRunner
 
 import snmf_kernels
-from snmf_interp import LanguageModel, doctor, foreign_bars, show, terminal
+from snmf_interp import LanguageModel, doctor, files, foreign_bars, show, terminal
 from snmf_interp.cli import app, main
+
+from .conftest import contents, refuse_writing
 
 Maker = Callable[..., LanguageModel]
 
@@ -141,6 +143,31 @@ def test_failure_is_exit_code_1(fitted: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "--debug" in result.stderr
     result = snmf("--debug", "fit", fitted, "--k", 5, "--overwrite")
     assert isinstance(result.exception, RuntimeError)
+
+
+def test_run_that_may_not_be_written_to(
+    fitted: Path, model_folder: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(fitted)
+    refuse_writing(monkeypatch, fitted)
+    page = tmp_path / "page.html"
+    for arguments, said in (
+        (("features", fitted, "--layer", 1), "features could not be kept in"),
+        (("label", fitted, "--layer", 1), "features could not be kept in"),
+        (("report", fitted, "-o", page), "features could not be kept in"),
+        (("tree", fitted, "--layer", 1, "--levels", "3,2"), "the hierarchy is not kept"),
+        (("stability", fitted, "--layer", 1, "--seeds", 2), "fits from other starts could not be kept"),
+        (("detect", fitted, "--layer", 1, "--k", 3), "fits could not be kept in"),
+        (("compare", fitted, model_folder, "--layer", 1), "are held in memory and not kept"),
+        (("overlap", fitted, 0, 1, "--layer", 1), "features could not be kept in"),
+        (("steer", fitted, "--layer", 1, "--feature", 0, "--strength", 1, "--max-new-tokens", 2), ""),
+    ):
+        files._not_kept.cache_clear()
+        result = snmf(*arguments)
+        assert result.exit_code == 0, (arguments, result.output)
+        assert said in " ".join(result.stderr.split()), (arguments, result.stderr)
+    assert page.is_file()
+    assert contents(fitted) == before
 
 
 def test_interrupt_says_what_is_kept(fitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,7 @@ def test_fit_auto(run: Path, model_folder: Path, tmp_path: Path, monkeypatch: py
     arguments = ("fit", fresh, "--k", "auto", "--k-candidates", "2,3", "--keep", 0.2, "--max-iter", 5)
     page = shown(*arguments)
     assert "← chosen" in page
-    record = Run.open(fresh).config["layers"]["0"]
+    record = Run.open(fresh).record(0)
     assert [row["k"] for row in record["k_choice"]["evidence"]] == [2, 3]
     assert record["options"]["k"] == record["k_choice"]["k"] == Run.open(fresh).factors(0).k
     monkeypatch.setattr(snmf_kernels, "fit_many", lambda *_a, **_o: pytest.fail("fitted again"))

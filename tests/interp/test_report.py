@@ -336,7 +336,7 @@ def test_second_report_needs_no_model_and_its_page_is_the_same(run: Run, model: 
 
 def test_facts(run: Run, model: LanguageModel) -> None:
     text = " ".join(written(run, model, layers=[1]).text.split())
-    record = run.config["layers"]["1"]
+    record = run.record(1)
     for fact in (
         "tiny-llama",
         f"torch {torch.__version__}",
@@ -375,7 +375,7 @@ def test_tree_of_the_run(run: Run, model: LanguageModel) -> None:
     """What snmf tree has kept is on the page without being asked for, until its features are replaced."""
     assert run.tree(0) is None
     k = run.factors(0).k
-    options = run.config["layers"]["0"]["solver_options"]
+    options = run.record(0)["solver_options"]
     run.hierarchy(0, [k, 1], keep=options["keep"], neuron_scale=options["neuron_scale"])
     tree = written(run, model).data["layers"][0]["tree"]
     assert tree["sizes"] == [k, 1]
