@@ -283,9 +283,16 @@ class _Run:
                     f"dtype: layer {layer} has activations up to {largest:.3g}, beyond {self.options.dtype}; "
                     "use bfloat16 or float32"
                 )
+            if (wrong := self.model.not_finite()) is not None:
+                raise ValueError(f"layer {layer} has activations that are not finite: {wrong}")
+            remedy = (
+                "load it in bfloat16 or float32"
+                if self.options.model_dtype == "float16"
+                else "its weights are damaged, or not of this architecture"
+            )
             raise ValueError(
                 f"layer {layer} has activations that are not finite: the model itself overflows in "
-                f"{self.options.model_dtype}; load it in bfloat16 or float32"
+                f"{self.options.model_dtype}; {remedy}"
             )
         return stored
 

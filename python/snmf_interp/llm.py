@@ -425,6 +425,8 @@ class LocalModel(_CachedModel):
                 take(key, self._read(raw), raw)
 
     def _encode(self, request: Request) -> list[int]:
+        from .models import check_ids
+
         ids: Any
         if getattr(self.tokenizer, "chat_template", None):
             ids = self.tokenizer.apply_chat_template(
@@ -434,20 +436,21 @@ class LocalModel(_CachedModel):
             ids = self.tokenizer("\n\n".join(content for _, content in request.messages) + "\n\n")[
                 "input_ids"
             ]
-        return list(ids)
+        return check_ids(self.network, self.tokenizer, list(ids))
 
     def _generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         """The new ids of each prompt, up to its end."""
         import torch
 
         from . import hooks
+        from .models import padding_id
 
-        pad = self.tokenizer.pad_token_id
+        pad = padding_id(self.network, self.tokenizer)
         ends = self.network.generation_config.eos_token_id
         stops = {ends} if isinstance(ends, int) else set(ends or ())
         if self.tokenizer.eos_token_id is not None:
             stops.add(int(self.tokenizer.eos_token_id))
-        ids, mask = hooks.pad(prompts, side="left", pad_id=0 if pad is None else int(pad))
+        ids, mask = hooks.pad(prompts, side="left", pad_id=pad)
         device = next(self.network.parameters()).device
         with torch.inference_mode():
             made = self.network.generate(
@@ -459,7 +462,7 @@ class LocalModel(_CachedModel):
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                pad_token_id=0 if pad is None else int(pad),
+                pad_token_id=pad,
                 eos_token_id=sorted(stops) or None,
             )
         return [

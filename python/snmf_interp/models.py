@@ -81,7 +81,8 @@ class LanguageModel:
     its first real token, so a start token is worth having even where it is not mandatory.
 
     Raises:
-        ValueError: the architecture is not one of those known, or it mixes experts.
+        ValueError: the architecture is not one of those known, or it mixes experts; the model is wrapped, in an adapter
+            for instance, which is to be merged first.
     """
 
     def __init__(
@@ -118,8 +119,14 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Where the parameters are.
+
+        Raises:
+            ValueError: they are offloaded.
+        """
         device: torch.device = next(self.model.parameters()).device
+        if device.type == "meta":
+            raise _offloaded(next(self.model.named_parameters())[0])
         return device
 
     @property
@@ -167,8 +174,13 @@ class LanguageModel:
 
         That is ``W_down``, and where a norm follows it (Gemma 2 and 3) each of its rows times that norm's gain. The
         norm also divides by the length of all that the MLP writes on a token, one factor for all directions.
+
+        Raises:
+            ValueError: the weight is offloaded.
         """
         weight, norm = self.down_weight(layer), self.output_norm(layer)
+        if weight.device.type == "meta":
+            raise _offloaded(f"{self._layout.blocks}.{layer}.{self._layout.down}.weight")
         if norm is None:
             return weight
         # Of a vector of ones only the gain is left, whatever the module adds to its parameter.
@@ -262,9 +274,8 @@ class LanguageModel:
 
     @property
     def pad_id(self) -> int:
-        """The id that fills short rows of a batch, where the attention mask hides it: 0 without a pad token."""
-        pad = self.tokenizer.pad_token_id
-        return 0 if pad is None else int(pad)
+        """The id that fills short rows of a batch, where the attention mask hides it; see :func:`padding_id`."""
+        return padding_id(self.model, self.tokenizer)
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -272,11 +283,15 @@ class LanguageModel:
         return self._specials
 
     def encode(self, text: str, *, max_tokens: int | None = None) -> list[int]:
-        """Token ids of ``text`` behind the start token, at most ``max_tokens`` in all."""
+        """Token ids of ``text`` behind the start token, at most ``max_tokens`` in all.
+
+        Raises:
+            ValueError: the model has no embedding for one of them (the message names the token).
+        """
         ids: list[int] = self.tokenizer(whole_text(text), add_special_tokens=False)["input_ids"]
         if self._start is not None:
             ids = [self._start, *ids]
-        return ids[:max_tokens]
+        return check_ids(self.model, self.tokenizer, ids[:max_tokens])
 
     def token_text(self, token_id: int) -> str:
         """One token as text with its leading space; U+FFFD stands for a piece of a character."""
@@ -286,14 +301,73 @@ class LanguageModel:
         """A short hash of the parameters: see :func:`fingerprint`."""
         return fingerprint(self.model)
 
+    def not_finite(self) -> str | None:
+        """Which weight is not finite, in words, or None if all are."""
+        return _not_finite(self.model)
+
+
+def padding_id(network: Any, tokenizer: Any) -> int:
+    """The tokenizer's padding id; 0 where it has none, or the network no embedding for it. Padding is masked."""
+    pad = tokenizer.pad_token_id
+    return int(pad) if pad is not None and 0 <= pad < _n_embeddings(network) else 0
+
+
+def check_ids(network: Any, tokenizer: Any, ids: list[int]) -> list[int]:
+    """The ids of a text.
+
+    Raises:
+        ValueError: the network has no embedding for one of them.
+    """
+    rows = _n_embeddings(network)
+    if outside := next((id for id in ids if id >= rows), None):
+        token = tokenizer.convert_ids_to_tokens([outside])[0]
+        raise ValueError(
+            f"texts: the token {token!r} has the id {outside}, and the model has embeddings for {rows} ids; use the "
+            "tokenizer that the model was trained with, or leave the token out"
+        )
+    return ids
+
+
+def _n_embeddings(network: Any) -> int:
+    return int(network.get_input_embeddings().weight.shape[0])
+
+
+def _not_finite(network: nn.Module) -> str | None:
+    """Which parameter is not finite, in words; one pass over all of them, without copies."""
+    for name, parameter in network.named_parameters():
+        if parameter.device.type == "meta" or not parameter.is_floating_point() or not parameter.numel():
+            continue
+        low, high = torch.aminmax(parameter.detach())
+        if bool(low.isfinite() and high.isfinite()):
+            continue
+        if parameter.dtype == torch.float16 and not bool(low.isnan()):
+            return f"the weight {name} has values that float16 cannot hold; load it in bfloat16 or float32"
+        kind = "NaN" if bool(low.isnan()) else "infinite values"
+        return f"the weight {name} has {kind}; the checkpoint is damaged, or its training diverged"
+    return None
+
+
+def _offloaded(weight: str) -> ValueError:
+    return ValueError(
+        f"model: {weight} is offloaded, or was not loaded, and cannot be read; load the model on one device, without "
+        "device_map or cpu_offload"
+    )
+
 
 def fingerprint(network: nn.Module) -> str:
     """A short hash of names, shapes and 64 spread values of every parameter: two fine-tunes differ in it.
 
-    The values are read as float32, so that a checkpoint keeps its fingerprint on another device.
+    The values are read as float32, so that a checkpoint keeps its fingerprint on another device. A network that
+    ``torch.compile`` has wrapped has the fingerprint of the network.
+
+    Raises:
+        ValueError: parameters are offloaded.
     """
+    network = getattr(network, "_orig_mod", network)
     digest = hashlib.sha256(type(network).__name__.encode())
     for name, parameter in network.named_parameters():
+        if parameter.device.type == "meta":
+            raise _offloaded(name)
         flat = parameter.detach().reshape(-1)
         count = min(64, flat.numel())
         where = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
@@ -327,8 +401,8 @@ def load_model(
         FileNotFoundError: a path that is not there.
         ModuleNotFoundError: a package that holds a bundled model is not installed (the message says how to
             install it).
-        ValueError: the file, folder or repository cannot be read as a causal LM, or its architecture is not
-            known.
+        ValueError: the file, folder or repository cannot be read as a causal LM, lacks weights or a tokenizer, or its
+            architecture is not known.
     """
     network, tokenizer, source = load_network(
         name_or_path, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
@@ -369,29 +443,167 @@ def load_network(
         )
     elif path.is_dir():
         target, source, local = str(path), {"kind": "folder", "path": str(path.resolve())}, True
-    elif path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    elif (
+        path.suffix == ".gguf"
+        or name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or name.endswith("/")
+    ):
         raise FileNotFoundError(f"model {name!r}: there is no such file or folder")
+    elif "/" in name and path.parent.is_dir() and _hub_folder(name, revision) is None:
+        raise FileNotFoundError(
+            f"model {name!r}: the folder {str(path.parent)!r} has no folder {path.name!r}; "
+            "a model of that name on the Hub is asked for from another working directory"
+        )
     else:
         target, source, local = name, {"kind": "hub"}, False
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    common = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local}
-    try:
-        with gguf_models.quiet_transformers():
-            model: Any = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, **common)
-            tokenizer = AutoTokenizer.from_pretrained(target, **common)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        known = ", ".join(sorted(gguf_models.BUNDLED))
-        raise ValueError(
-            f"cannot load {name!r} as a causal language model: {reason} "
-            f"(wanted a Hub id, a local folder, a .gguf file, or one of {known})"
-        ) from error
+    model, tokenizer = _read(name, target, local, dtype, revision, trust_remote_code)
     if not local:
         source["revision"] = getattr(model.config, "_commit_hash", None) or revision
     model.to(where)
+    if (wrong := _not_finite(model)) is not None:
+        raise ValueError(f"model {name!r}: {wrong}")
     return model, tokenizer, source
+
+
+def _read(
+    name: str, target: str, local: bool, dtype: torch.dtype, revision: str | None, trusted: bool
+) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder, or of a Hub id."""
+    from transformers import AutoConfig
+
+    if local and (Path(target) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model {name!r} is an adapter, not a model; merge it first: load it with peft, and save what "
+            "merge_and_unload() gives"
+        )
+    unreachable = None if local else _why_unreachable(target, revision)
+    common: dict[str, Any] = {
+        "revision": revision,
+        "trust_remote_code": trusted,
+        "local_files_only": local or unreachable is not None,
+    }
+    known = (
+        f"wanted a Hub id, a local folder, a .gguf file, or one of {', '.join(sorted(gguf_models.BUNDLED))}"
+    )
+
+    def refused(error: Exception) -> ValueError:
+        if "trust_remote_code" in str(error):
+            return ValueError(
+                f"model {name!r} has code of its own, which is run only if you trust it: --trust-remote-code "
+                "(trust_remote_code=True), for a run SNMF_TRUST_REMOTE_CODE=1"
+            )
+        if unreachable is not None and _hub_folder(target, revision) is None:
+            reason = f"the Hub could not be reached ({unreachable}), and its cache here has no such model"
+        else:
+            reason = _in_one_line(error)
+        return ValueError(f"cannot load {name!r} as a causal language model: {reason} ({known})")
+
+    # The configuration, the tokenizer and the weights each fail for reasons of their own. Whatever files of others
+    # hold, libraries raise errors of many kinds about it.
+    try:
+        AutoConfig.from_pretrained(target, **common)
+    except ImportError:
+        raise
+    except Exception as error:
+        raise refused(error) from error
+    folder = Path(target) if local else _hub_folder(target, revision)
+    tokenizer = _read_tokenizer(name, target, folder, common)
+    try:
+        return gguf_models.read_network(target, name, dtype=dtype, **common), tokenizer
+    except (ImportError, MemoryError, torch.OutOfMemoryError, gguf_models.IncompleteCheckpointError):
+        raise
+    except Exception as error:
+        if folder is not None and (damaged := _damaged_weights(folder)) is not None:
+            converted = folder.parent == gguf_models.cache_dir() / "models"
+            remedy = "delete its folder, and it is converted again" if converted else "get it again"
+            raise ValueError(
+                f"model {name!r}: {damaged[0]} is damaged or incomplete ({damaged[1]}); {remedy}"
+            ) from error
+        raise refused(error) from error
+
+
+def _read_tokenizer(name: str, target: str, folder: Path | None, common: dict[str, Any]) -> Any:
+    """The tokenizer of a folder or Hub id."""
+    from transformers import AutoTokenizer
+
+    where = folder or target
+    remedy = f"put its tokenizer there: tokenizer.save_pretrained({str(where)!r})"
+    try:
+        with gguf_models.quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(target, **common)
+    except ImportError:
+        raise
+    except Exception as error:
+        files = () if folder is None else (path.name for path in folder.iterdir())
+        if folder is not None and not any(re.search(r"token|vocab|merges|\.model$", file) for file in files):
+            raise ValueError(f"model {name!r}: there is no tokenizer in {where}; {remedy}") from error
+        raise ValueError(
+            f"model {name!r}: the tokenizer in {where} cannot be read: {_in_one_line(error)}; {remedy}"
+        ) from error
+    # Without its files transformers makes an empty tokenizer for many families.
+    if set(tokenizer.get_vocab().values()) <= _special_ids(tokenizer):
+        raise ValueError(f"model {name!r}: there is no tokenizer in {where}, or one without a word; {remedy}")
+    return tokenizer
+
+
+def _hub_folder(name: str, revision: str | None) -> Path | None:
+    """The folder in the Hub's cache that holds the configuration of a model, or None."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _why_unreachable(name: str, revision: str | None) -> str | None:
+    """Why the Hub does not answer now, or None if it does.
+
+    Asked once: libraries ask for each file and wait half a minute, also for what is in their cache.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10)
+    except HFValidationError:
+        return None
+    except HfHubHTTPError as error:
+        # Anything but a fault of the server is an answer, which loading will explain.
+        status = getattr(error.response, "status_code", 0)
+        return f"it answers {status}" if status >= 500 or status == 429 else None
+    except Exception as error:  # Of whichever HTTP library the Hub's client uses.
+        return _in_one_line(error)
+    return None
+
+
+def _damaged_weights(folder: Path) -> tuple[Path, str] | None:
+    """The first file of weights that cannot be read, and why; None if all can."""
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        if (reason := _why_unreadable(path)) is not None:
+            return path, reason
+    return None
+
+
+def _why_unreadable(path: Path) -> str | None:
+    from safetensors import safe_open
+
+    try:
+        if path.suffix == ".bin":
+            torch.load(path, map_location="meta", weights_only=True)
+        else:
+            with safe_open(path, framework="pt"):
+                pass
+    except Exception as error:  # Of safetensors, pickle, zip files, or torch.
+        return _in_one_line(error)
+    return None
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _resolve(module: nn.Module, path: str) -> nn.Module:
@@ -404,7 +616,41 @@ def _resolve(module: nn.Module, path: str) -> nn.Module:
 
 
 def _find_layout(model: nn.Module) -> _Layout:
-    """The first layout whose paths all resolve and whose projections have the shape of a down projection."""
+    """The layout of a model; the error says what was looked for, or what the model is wrapped in."""
+    if any(cls.__name__ == "PeftModel" for cls in type(model).__mro__) or hasattr(model, "merge_and_unload"):
+        raise ValueError(
+            f"{type(model).__name__} is an adapter around a model; merge it first: model.merge_and_unload()"
+        )
+    found = _fitting_layout(model)
+    if isinstance(found, _Layout):
+        return found
+    # Layers that peft puts around those of a model, each with the original as its base_layer.
+    adapted = next((name for name, part in model.named_modules() if hasattr(part, "base_layer")), None)
+    if adapted is not None:
+        raise ValueError(
+            f"{type(model).__name__} has an adapter at {adapted}; merge it first, with peft's merge_and_unload()"
+        )
+    for name, part in model.named_modules():
+        if name and hasattr(part, "get_output_embeddings") and isinstance(_fitting_layout(part), _Layout):
+            raise ValueError(
+                f"{type(model).__name__} wraps a {type(part).__name__}; give that: its part {name!r}"
+            )
+    looked = "; ".join(f"{layout.blocks}.N.{layout.down} ({layout.families})" for layout in _LAYOUTS)
+    detail = f" Closest: {found[-1]}." if found else ""
+    if any("experts" in name for name, _ in model.named_modules()):
+        detail += (
+            " It mixes experts: each expert has a down projection of its own, which is not supported yet."
+        )
+    raise ValueError(
+        f"{type(model).__name__} has no MLP down projection that is known here.{detail} Looked for {looked}"
+    )
+
+
+def _fitting_layout(model: nn.Module) -> _Layout | list[str]:
+    """The first layout whose paths all resolve and whose projections have the shape of a down projection.
+
+    If there is none, why not, of those layouts whose blocks are there.
+    """
     refused: list[str] = []
     for layout in _LAYOUTS:
         try:
@@ -416,15 +662,7 @@ def _find_layout(model: nn.Module) -> _Layout:
         if len(blocks) and reason is None:
             return layout
         refused.append(reason or f"{layout.blocks} is empty")
-    looked = "; ".join(f"{layout.blocks}.N.{layout.down} ({layout.families})" for layout in _LAYOUTS)
-    detail = f" Closest: {refused[-1]}." if refused else ""
-    if any("experts" in name for name, _ in model.named_modules()):
-        detail += (
-            " It mixes experts: each expert has a down projection of its own, which is not supported yet."
-        )
-    raise ValueError(
-        f"{type(model).__name__} has no MLP down projection that is known here.{detail} Looked for {looked}"
-    )
+    return refused
 
 
 def _why_not(block: nn.Module, layout: _Layout, index: int) -> str | None:

@@ -133,6 +133,9 @@ def steer(
     Strengths ``[b]`` and vectors ``[b, d_mlp]`` for each row need a batch of exactly that many rows;
     ``num_return_sequences`` and beams of ``generate`` multiply the rows.
 
+    The change is the model's, for all who call it: another thread that runs the same model inside the block is
+    steered too, and blocks of several threads add up. Give each thread a model of its own, or run one at a time.
+
     Raises:
         ValueError: a layer, neuron or width does not belong to the model, or ``strength`` has no bare vector to
             act on, or is missing, or no strength reaches ``kl``. From the model's own call: rows that do not fit

@@ -14,10 +14,20 @@ from typing import Any
 import pytest
 import torch
 
-from snmf_interp import ActivationStore, LanguageModel, Sample, activations, collect, files, hooks
+from snmf_interp import (
+    ActivationStore,
+    LanguageModel,
+    Sample,
+    activations,
+    collect,
+    doctor,
+    files,
+    generate,
+    hooks,
+)
 from snmf_interp.store import MANIFEST, PLAN, shard_name
 
-from .conftest import FAMILIES
+from .conftest import FAMILIES, VOCABULARY
 
 Maker = Callable[..., LanguageModel]
 
@@ -287,9 +297,61 @@ class TestStore:
         with pytest.raises(ValueError, match=r"dtype: layer 1 has activations up to .* beyond float16"):
             collect(model, samples, 1, dtype="float16")
         with torch.no_grad():
-            model.model.model.layers[1].mlp.up_proj.weight.fill_(float("nan"))
-        with pytest.raises(ValueError, match="layer 1 has activations that are not finite: the model itself"):
+            model.model.model.layers[1].mlp.up_proj.weight.fill_(3e38)
+        with pytest.raises(
+            ValueError, match="the model itself overflows in float32; its weights are damaged"
+        ):
             collect(model, samples, 1)
+
+    @pytest.mark.parametrize(("value", "kind"), [("nan", "NaN"), ("-inf", "infinite values")])
+    def test_a_weight_that_is_not_finite_is_named(
+        self, make_model: Maker, samples: list[Sample], value: str, kind: str
+    ) -> None:
+        model = make_model()
+        with torch.no_grad():
+            model.model.model.layers[1].mlp.up_proj.weight[3, 4] = float(value)
+        message = rf"layer 1 has .* not finite: the weight model\.layers\.1\.mlp\.up_proj\.weight has {kind}"
+        with pytest.raises(ValueError, match=message):
+            collect(model, samples, 1)
+
+    def test_padding_that_has_no_embedding(self, make_model: Maker, samples: list[Sample]) -> None:
+        """Padding is masked: any id will do for it."""
+        expected = collect(make_model(), samples, "0,2")
+        model = make_model()
+        model.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        assert model.tokenizer.pad_token_id == len(VOCABULARY)
+        assert model.pad_id == 0
+        found = collect(model, samples, "0,2")
+        assert torch.equal(found.layer(2), expected.layer(2))
+        assert generate(model, ["the cat", "rain"], max_new_tokens=2)
+
+    def test_a_token_that_has_no_embedding_is_named(self, make_model: Maker, samples: list[Sample]) -> None:
+        model = make_model()
+        model.tokenizer.add_tokens(["zebra"])
+        message = "the token 'zebra' has the id 32, and the model has embeddings for 32 ids"
+        with pytest.raises(ValueError, match=message):
+            collect(model, [*samples, Sample("z", "the zebra sat", None)], 0)
+        with pytest.raises(ValueError, match=message):
+            generate(model, "the zebra")
+        with pytest.raises(ValueError, match=message):
+            list(doctor.check_model(model, ["the zebra sat", "one red dog"]))
+
+    @pytest.mark.parametrize("how", ["cpu_offload", "disk_offload"])
+    def test_offloaded_weights_are_refused(
+        self, tmp_path: Path, make_model: Maker, samples: list[Sample], how: str
+    ) -> None:
+        accelerate = pytest.importorskip("accelerate")
+        model = make_model()
+        place = (str(tmp_path),) if how == "disk_offload" else ()
+        getattr(accelerate, how)(model.model, *place, execution_device=torch.device("cpu"))
+        for use in (
+            lambda: collect(model, samples, 0),
+            lambda: model.output_weight(0),
+            lambda: generate(model, "the cat"),
+            lambda: model.logit_lens(torch.ones(1, 16)),
+        ):
+            with pytest.raises(ValueError, match=r"is offloaded.*load the model on one device"):
+                use()
 
     def test_layer_that_was_not_collected(self, make_model: Maker, samples: list[Sample]) -> None:
         with pytest.raises(ValueError, match="layer 1 was not collected; this store has 0, 2"):

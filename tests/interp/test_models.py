@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,6 +167,55 @@ def test_fingerprint_tells_weights_apart(make_model: Maker) -> None:
     assert one.fingerprint() != make_model("mistral").fingerprint()
 
 
+class Wrapper(torch.nn.Module):
+    """What peft's PeftModel is to a model: its parts lie deeper, and it can be merged."""
+
+    def __init__(self, network: torch.nn.Module, *, merges: bool) -> None:
+        super().__init__()
+        self.inner = network
+        if merges:
+            self.merge_and_unload = lambda: network
+
+
+class Adapted(torch.nn.Module):
+    """What peft puts in the place of a layer."""
+
+    def __init__(self, base_layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+
+class TestWrapped:
+    def test_adapters_are_to_be_merged(self) -> None:
+        network = make_network("llama")
+        with pytest.raises(ValueError, match=r"merge it first: model\.merge_and_unload\(\)"):
+            LanguageModel(Wrapper(network, merges=True), make_tokenizer())
+        mlp = network.model.layers[1].mlp
+        mlp.down_proj = Adapted(mlp.down_proj)
+        with pytest.raises(
+            ValueError, match=r"has an adapter at model\.layers\.1\.mlp\.down_proj; merge it first"
+        ):
+            LanguageModel(network, make_tokenizer())
+
+    def test_the_model_inside_is_named(self) -> None:
+        wrapped = Wrapper(make_network("gpt2"), merges=False)
+        with pytest.raises(ValueError, match="wraps a GPT2LMHeadModel; give that: its part 'inner'"):
+            LanguageModel(wrapped, make_tokenizer())
+
+    def test_a_compiled_model_has_the_same_fingerprint(self, make_model: Maker) -> None:
+        compiled = LanguageModel(torch.compile(make_network("llama")), make_tokenizer())
+        assert compiled.fingerprint() == make_model().fingerprint()
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Change the weights of a checkpoint of one file."""
+    from safetensors.torch import load, save_file
+
+    weights = load((folder / "model.safetensors").read_bytes())
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 class TestLoading:
     def test_local_folder(self, tmp_path: Path, make_model: Maker) -> None:
         model = make_model()
@@ -200,6 +250,150 @@ class TestLoading:
         with pytest.raises(ValueError, match=r"cannot load .* as a causal language model"):
             load_model(tmp_path)
 
+    @pytest.fixture
+    def folder(self, tmp_path: Path, make_model: Maker) -> Path:
+        folder = tmp_path / "model"
+        model = make_model()
+        model.model.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+        return folder
+
+    @pytest.mark.parametrize(
+        "missing", [["model.layers.1.mlp.down_proj.weight"], ["lm_head.weight", "model.norm.weight"]]
+    )
+    def test_missing_weights_are_refused(self, folder: Path, missing: list[str]) -> None:
+        """Transformers would draw them at random."""
+        change_weights(folder, lambda weights: [weights.pop(name) for name in missing])
+        with pytest.raises(
+            ValueError, match=f"its checkpoint lacks {len(missing)} weights?: {', '.join(missing)}"
+        ):
+            load_model(folder)
+
+    def test_weights_of_another_shape_are_refused(self, folder: Path) -> None:
+        def cut(weights: dict[str, torch.Tensor]) -> None:
+            weights["model.norm.weight"] = weights["model.norm.weight"][:8].clone()
+
+        change_weights(folder, cut)
+        with pytest.raises(ValueError, match=r"1 weight: model\.norm\.weight \(8 there, 16 wanted\)"):
+            load_model(folder)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_tied_heads_are_not_missing(self, tmp_path: Path, family: str, make_model: Maker) -> None:
+        model = make_model(family)
+        model.model.save_pretrained(tmp_path)
+        model.tokenizer.save_pretrained(tmp_path)
+        assert load_model(tmp_path).fingerprint() == model.fingerprint()
+
+    def test_unused_weights_are_said(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+        change_weights(folder, lambda weights: weights.update(extra=torch.ones(2)))
+        load_model(folder)
+        assert "has weights that its model does not use: 1 weight: extra" in caplog.text
+
+    @pytest.mark.parametrize("harm", ["cut", "empty", "text"])
+    @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+    def test_damaged_weights_are_named(self, folder: Path, make_model: Maker, harm: str, name: str) -> None:
+        if name.endswith(".bin"):
+            (folder / "model.safetensors").unlink()
+            torch.save(make_model().model.state_dict(), folder / name)
+            assert load_model(folder).fingerprint() == make_model().fingerprint()
+        path = folder / name
+        whole = path.read_bytes()
+        path.write_bytes({"cut": whole[:-60], "empty": b"", "text": b"version https://git-lfs"}[harm])
+        with pytest.raises(ValueError, match=rf"model {str(folder)!r}: {path} is damaged or incomplete"):
+            load_model(folder)
+
+    @pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "infinite values")])
+    def test_weights_that_are_not_finite(self, folder: Path, value: float, kind: str) -> None:
+        change_weights(folder, lambda weights: weights["lm_head.weight"][0].fill_(value))
+        with pytest.raises(
+            ValueError, match=rf"the weight lm_head\.weight has {kind}; the checkpoint is damaged"
+        ):
+            load_model(folder)
+
+    def test_weights_beyond_float16(self, folder: Path) -> None:
+        change_weights(folder, lambda weights: weights["lm_head.weight"][0].fill_(1e6))
+        assert load_model(folder).dtype == torch.float32
+        with pytest.raises(
+            ValueError, match="values that float16 cannot hold; load it in bfloat16 or float32"
+        ):
+            load_model(folder, dtype=torch.float16)
+
+    @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+    def test_folder_without_tokenizer(self, tmp_path: Path, family: str, make_model: Maker) -> None:
+        """For some families transformers makes an empty one."""
+        make_model(family).model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"there is no tokenizer in .*tokenizer\.save_pretrained"):
+            load_model(tmp_path)
+
+    def test_damaged_tokenizer(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{")
+        with pytest.raises(ValueError, match=f"the tokenizer in {folder} cannot be read"):
+            load_model(folder)
+
+    def test_code_of_its_own(self, folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config |= {
+            "model_type": "own",
+            "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(
+            ValueError, match=r"has code of its own, .*--trust-remote-code.*SNMF_TRUST_REMOTE_CODE"
+        ):
+            load_model(folder)
+
+    def test_folder_of_an_adapter(self, folder: Path) -> None:
+        (folder / "adapter_config.json").write_text("{}")
+        with pytest.raises(ValueError, match=r"is an adapter, not a model; merge it first"):
+            load_model(folder)
+
+    def test_a_folder_that_was_mistyped_is_not_asked_from_the_hub(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(
+            "huggingface_hub.get_hf_file_metadata", lambda *_a, **_k: pytest.fail("asked the Hub")
+        )
+        (tmp_path / "models").mkdir()
+        for name in ("models/nope", "nope/"):
+            with pytest.raises(FileNotFoundError, match=r"there is no such file|has no folder .nope."):
+                load_model(name)
+
+    @pytest.mark.parametrize(
+        ("status", "local"), [(None, True), (503, True), (404, False), (401, False), (200, False)]
+    )
+    def test_a_hub_that_does_not_answer_is_asked_once(
+        self, monkeypatch: pytest.MonkeyPatch, status: int | None, local: bool
+    ) -> None:
+        from huggingface_hub.errors import HfHubHTTPError
+
+        asked: list[str] = []
+
+        def ask(url: str, **_options: Any) -> None:
+            asked.append(url)
+            if status is None:
+                raise ConnectionError("no route to host")
+            if status != 200:
+                answer = HfHubHTTPError.__new__(HfHubHTTPError)
+                answer.response = SimpleNamespace(status_code=status)
+                raise answer
+
+        options: list[dict[str, Any]] = []
+
+        def read(*_args: Any, **given: Any) -> None:
+            options.append(given)
+            raise OSError("not here")
+
+        monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", ask)
+        monkeypatch.setattr("transformers.AutoConfig.from_pretrained", read)
+        wanted = "the Hub could not be reached" if local else "not here"
+        with pytest.raises(
+            ValueError, match=f"cannot load 'nobody/nothing' as a causal language model: {wanted}"
+        ):
+            load_model("nobody/nothing")
+        assert len(asked) == 1
+        assert [given["local_files_only"] for given in options] == [local]
+
     def test_dtype(self) -> None:
         with pytest.raises(ValueError, match="dtype: wanted"):
             load_model("smollm2-135m", dtype=torch.int8)
@@ -209,6 +403,10 @@ class TestLoading:
         monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
         with pytest.raises(ModuleNotFoundError, match=command):
             load_model(name)
+
+
+def failing(*_args: Any, **_options: Any) -> None:
+    raise OSError("a library says no more")
 
 
 class TestConversionCache:
@@ -221,9 +419,9 @@ class TestConversionCache:
         calls: list[Path] = []
         model = make_model()
 
-        def read(source: Path, **_options: Any) -> Any:
+        def read(source: Path, **_options: Any) -> tuple[Any, dict[str, set[str]]]:
             calls.append(source)
-            return model.model
+            return model.model, {"missing_keys": set(), "unexpected_keys": set()}
 
         monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", read)
         monkeypatch.setattr(hf.AutoTokenizer, "from_pretrained", lambda *_a, **_k: model.tokenizer)
@@ -239,6 +437,32 @@ class TestConversionCache:
         assert sha256[:12] in first.name
         assert (first / "config.json").is_file()
         assert len(converted) == 1
+
+    def test_missing_weights_are_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_model: Maker
+    ) -> None:
+        import transformers as hf
+
+        monkeypatch.setenv("SNMF_CACHE", str(tmp_path / "cache"))
+        found = {"missing_keys": {"model.norm.weight"}, "unexpected_keys": set[str]()}
+        monkeypatch.setattr(
+            hf.AutoModelForCausalLM, "from_pretrained", lambda *_a, **_k: (make_model().model, found)
+        )
+        (tmp_path / "m.gguf").write_bytes(b"one")
+        with pytest.raises(
+            ValueError, match=r"model 'm': its checkpoint lacks 1 weight: model\.norm\.weight"
+        ):
+            load_model(tmp_path / "m.gguf")
+        assert list((tmp_path / "cache" / "models").iterdir()) == []
+
+    def test_a_damaged_conversion(self, tmp_path: Path, converted: list[Path]) -> None:
+        (tmp_path / "m.gguf").write_bytes(b"one")
+        folder, _ = gguf_models.converted_folder(tmp_path / "m.gguf")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gguf_models, "read_network", failing)
+            (folder / "model.safetensors").write_bytes(b"")
+            with pytest.raises(ValueError, match="delete its folder, and it is converted again"):
+                load_model(tmp_path / "m.gguf")
 
     def test_changed_file_and_new_transformers(
         self, tmp_path: Path, converted: list[Path], monkeypatch: pytest.MonkeyPatch
