@@ -27,6 +27,18 @@ LayersOption = Annotated[
 OneLayerOption = Annotated[
     str | None, typer.Option("--layers", help="Which layer; one.", show_default="the run's only one")
 ]
+_MOVED = "Where the run's model is now, if it is not where it was; it must have the same weights."
+MovedModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--run-model", "--model", metavar="PATH|NAME", help=_MOVED, show_default="where it was collected from"
+    ),
+]
+# Of commands whose --model is a language model that is asked.
+RunModelOption = Annotated[
+    str | None,
+    typer.Option("--run-model", metavar="PATH|NAME", help=_MOVED, show_default="where it was collected from"),
+]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda, …", show_default="cuda when there is one, else cpu")
 ]

@@ -34,6 +34,7 @@ from .arguments import (
     LayersOption,
     ModelArgument,
     ModelDtypeOption,
+    MovedModelOption,
     RevisionOption,
     RunArgument,
     StartOption,
@@ -376,6 +377,7 @@ def features(
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a line instead of a table.")
     ] = False,
+    run_model: MovedModelOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Show what the features of a factorised run stand for.
@@ -401,7 +403,7 @@ def features(
     opened = Run.open(run)
     chosen = fitted_layers(opened, layers) if feature is None else [one_layer(opened, layers)]
     screen = terminal.console()
-    load = terminal.loader(opened, device)
+    load = terminal.loader(opened, device, model=run_model)
     for number in chosen:
 
         def wanted(described: list[Feature], number: int = number) -> list[Feature]:
@@ -513,6 +515,7 @@ def steer(
             show_default="float32; a run's own",
         ),
     ] = None,
+    run_model: MovedModelOption = None,
     device: DeviceOption = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
@@ -544,6 +547,8 @@ def steer(
     settled = {"--model-dtype": model_dtype, "--revision": revision}
     if opened is not None and (given := [name for name, value in settled.items() if value is not None]):
         raise ValueError(f"{given[0]}: a run's model is loaded as it was collected")
+    if opened is None and run_model is not None:
+        raise ValueError(f"--run-model: {target} is no run, but the model itself; leave it out")
 
     def load() -> LanguageModel:
         if opened is None:
@@ -554,7 +559,7 @@ def steer(
                 revision=revision,
                 trust_remote_code=trust_remote_code,
             )
-        return terminal.loader(opened, device, trust_remote_code)()
+        return terminal.loader(opened, device, trust_remote_code, run_model)()
 
     result = steer_command.run(
         terminal.console(),

@@ -21,6 +21,7 @@ from .arguments import (
     ModelArgument,
     RevisionOption,
     RunArgument,
+    RunModelOption,
     TrustOption,
     fitted_layers,
 )
@@ -48,6 +49,7 @@ def compare(
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a layer instead of a table.")
     ] = False,
+    run_model: RunModelOption = None,
     device: DeviceOption = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
@@ -82,7 +84,7 @@ def compare(
         if as_json:
             typer.echo(json.dumps(result, ensure_ascii=False))
             continue
-        described = opened.features(number, terminal.loader(opened, device))
+        described = opened.features(number, terminal.loader(opened, device, model=run_model))
         screen.print(
             _page(results[number], described, opened, other, top, screen.width, not screen.is_terminal)
         )

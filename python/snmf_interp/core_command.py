@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import terminal
-from .arguments import DeviceOption, one_layer
+from .arguments import DeviceOption, MovedModelOption, one_layer
 
 if TYPE_CHECKING:
     from .models import LanguageModel
@@ -69,6 +69,7 @@ def core(
         Path, typer.Option(help="Where a model's run goes: into a folder of its name in here.")
     ] = Path("results/core"),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    run_model: MovedModelOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Core and exclusive neurons of a group of words: do they raise all of them, and each its own?
@@ -92,7 +93,7 @@ def core(
     if neuron_scale not in ("rms", "none"):
         raise ValueError(f"--neuron-scale: wanted rms or none, got {neuron_scale!r}")
     screen = Console(quiet=True) if as_json else terminal.console()
-    opened, layer, load = _opened(screen, target, layers, out, device)
+    opened, layer, load = _opened(screen, target, layers, out, device, run_model)
     if not opened.is_fitted(layer):
         scale = None if neuron_scale == "none" else neuron_scale
         with terminal.waiting(f"fitting layer {layer}"):
@@ -118,7 +119,7 @@ def core(
 
 
 def _opened(
-    screen: Console, target: str, layers: str | None, out: Path, device: str | None
+    screen: Console, target: str, layers: str | None, out: Path, device: str | None, run_model: str | None
 ) -> tuple[Run, int, Callable[[], LanguageModel]]:
     """The run, made if ``target`` is a model; its layer; and what loads the model."""
     from .runs import ACTIVATIONS, CONFIG, Run
@@ -128,7 +129,9 @@ def _opened(
     folder = Path(target)
     if (folder / CONFIG).is_file() and (folder / ACTIVATIONS).is_dir():
         opened = Run.open(folder)
-        return opened, one_layer(opened, layers), terminal.loader(opened, device)
+        return opened, one_layer(opened, layers), terminal.loader(opened, device, model=run_model)
+    if run_model is not None:
+        raise ValueError(f"--run-model: {target} is no run, but the model itself; leave it out")
     if layers is None and target not in LAYERS:
         raise ValueError(f"--layers: say which layer of {target!r}; only the bundled models have one picked")
     if layers is not None and not layers.isdigit():
@@ -141,7 +144,11 @@ def _opened(
         opened = Run.open(folder)
         # Another model of the same name is told by its weights when it is loaded.
         if opened.config["texts"]["digest"] == digest(samples) and opened.is_whole:
-            return opened, chosen, terminal.loader(opened, device)
+            return (
+                opened,
+                chosen,
+                terminal.loader(opened, device, model=target if Path(target).exists() else None),
+            )
 
     @functools.cache
     def load() -> LanguageModel:

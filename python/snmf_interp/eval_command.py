@@ -18,7 +18,7 @@ from rich.text import Text
 from tqdm.auto import tqdm
 
 from . import llm_options, terminal, trial_tables
-from .arguments import DeviceOption, RevisionOption, RunArgument, TrustOption, fit_settings
+from .arguments import DeviceOption, RevisionOption, RunArgument, RunModelOption, TrustOption, fit_settings
 from .label_eval_command import evaluate_labels
 from .llm_options import (
     BaseUrlOption,
@@ -136,6 +136,7 @@ def evaluate(
     model_dtype: Annotated[
         str | None, typer.Option(help="For a MODEL: float32, bfloat16 or float16.", show_default="float32")
     ] = None,
+    run_model: RunModelOption = None,
     device: DeviceOption = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
@@ -172,7 +173,9 @@ def evaluate(
     k, options = _fit(there, fitted, k, neuron_scale)
     plan = Plan(k=k, against=_names(against), sae=sae, fit=options, seed=seed, protocol=protocol)
     _check_installed(plan)
-    opened, model = _opened(target, layers, texts, out, model_dtype, device, revision, trust_remote_code)
+    opened, model = _opened(
+        target, layers, texts, out, model_dtype, device, revision, trust_remote_code, run_model
+    )
     if labels is not None:
         if not concepts.isdigit() or not int(concepts):
             raise ValueError(f"--concepts: with --labels wanted how many features, got {concepts!r}")
@@ -263,6 +266,7 @@ def detect(
     parameter: ParameterOption = None,
     overwrite: OverwriteOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    run_model: RunModelOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Say how well features detect concepts in texts that they were not fitted on, beside other methods and chance.
@@ -287,7 +291,7 @@ def detect(
     k, options = _fit(opened, chosen, k, neuron_scale)
     plan = Plan(k=k, against=_names(against), sae=sae, fit=options, seed=seed)
     _check_installed(plan)
-    loaded = terminal.loader(opened, device)()
+    loaded = terminal.loader(opened, device, model=run_model)()
     trial = Trial.open(opened, loaded, plan, steering=False, overwrite=overwrite)
     screen = terminal.console()
     llm = llm_options.chosen(opened.answers, model, base_url, local, concurrency, timeout, parameter, device)
@@ -313,6 +317,7 @@ def _opened(
     device: str | None,
     revision: str | None,
     trusted: bool,
+    run_model: str | None,
 ) -> tuple[Run, LanguageModel]:
     """The run, collected if it is not there, and its model."""
     from .runs import ACTIVATIONS, Run
@@ -324,7 +329,9 @@ def _opened(
                 f"{wrong[0]}: {target} is a run, whose model and texts are settled; leave it out, or give a model"
             )
         opened = Run.open(target)
-        return opened, terminal.loader(opened, device, trusted)()
+        return opened, terminal.loader(opened, device, trusted, run_model)()
+    if run_model is not None:
+        raise ValueError(f"--run-model: {target} is no run, but the model itself; leave it out")
     from .rivals import collect_run
 
     model = terminal.load_model(

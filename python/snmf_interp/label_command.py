@@ -12,7 +12,7 @@ import typer
 from rich.text import Text
 
 from . import llm_options, terminal
-from .arguments import DeviceOption, LayersOption, RunArgument, fitted_layers
+from .arguments import DeviceOption, LayersOption, RunArgument, RunModelOption, fitted_layers
 from .llm_options import (
     BaseUrlOption,
     ConcurrencyOption,
@@ -52,6 +52,7 @@ def label(
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a line for every label, instead of a table.")
     ] = False,
+    run_model: RunModelOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Name the features of a factorised run.
@@ -75,7 +76,7 @@ def label(
     chosen = fitted_layers(opened, layers)
     llm = llm_options.chosen(opened.answers, model, base_url, local, concurrency, timeout, parameter, device)
     screen = terminal.console()
-    load = terminal.loader(opened, device)
+    load = terminal.loader(opened, device, model=run_model)
     reasons: Counter[str] = Counter()
     asked = 0
     for number in chosen:

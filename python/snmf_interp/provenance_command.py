@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import terminal
-from .arguments import DeviceOption, OneLayerOption, RunArgument, one_layer
+from .arguments import DeviceOption, MovedModelOption, OneLayerOption, RunArgument, one_layer
 
 if TYPE_CHECKING:
     from .features import Feature
@@ -39,6 +39,7 @@ def neuron(
     direction: DirectionOption = False,
     top: Annotated[int, typer.Option(help="Rows to show.")] = 25,
     as_json: JsonOption = False,
+    run_model: MovedModelOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Show which features use a neuron, or which neurons make up a feature.
@@ -57,7 +58,7 @@ def neuron(
     layer = one_layer(opened, layers)
     factors = opened.factors(layer)
     index = NeuronIndex.of({layer: factors})
-    load = terminal.loader(opened, device)
+    load = terminal.loader(opened, device, model=run_model)
     screen = terminal.console()
     if feature is not None:
         weight = load().output_weight(layer) if direction else None
@@ -101,6 +102,7 @@ def overlap(
     layers: OneLayerOption = None,
     direction: DirectionOption = False,
     as_json: JsonOption = False,
+    run_model: MovedModelOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Show what two features of a layer have in common.
@@ -115,7 +117,7 @@ def overlap(
     opened = Run.open(run)
     layer = one_layer(opened, layers)
     factors = opened.factors(layer)
-    load = terminal.loader(opened, device)
+    load = terminal.loader(opened, device, model=run_model)
     weight = load().output_weight(layer) if direction else None
     pair = pair_overlap(factors, first, second, output_weight=weight)
     if as_json:
@@ -153,6 +155,7 @@ def nearest(
     ] = None,
     top: Annotated[int, typer.Option(help="Features to show.")] = 10,
     as_json: JsonOption = False,
+    run_model: MovedModelOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Find the features nearest to one: in its layer, in other layers, or in another run.
@@ -169,7 +172,8 @@ def nearest(
     opened = Run.open(run)
     layer = one_layer(opened, layers)
     searched = opened if other is None else Run.open(other)
-    if by != "tokens" and searched.config["model"]["weights"] != opened.config["model"]["weights"]:
+    same = searched.config["model"]["weights"] == opened.config["model"]["weights"]
+    if by != "tokens" and not same:
         raise ValueError(f"--other: {other} is of another model; features of the two compare by tokens only")
     numbers = [n for n in searched.parse_layers(among, name="among") if searched.is_fitted(n)]
     if by == "neurons":
@@ -180,7 +184,7 @@ def nearest(
         )
     own = opened.factors(layer)
     pool = {n: own if other is None and n == layer else searched.factors(n) for n in numbers}
-    load = terminal.loader(opened, device)
+    load = terminal.loader(opened, device, model=run_model)
     if by == "neurons":
         found = nearest_by_neurons(own, feature, pool, layer=layer, count=top)
     elif by == "tokens":
@@ -197,7 +201,7 @@ def nearest(
             typer.echo(json.dumps(asdict(row)))
         return
     screen = terminal.console()
-    load_other = load if other is None else terminal.loader(searched, device)
+    load_other = load if same else terminal.loader(searched, device)
     described = {n: searched.features(n, load_other) for n in {row.layer for row in found}}
     kind = {
         "tokens": "correlation over tokens",

@@ -13,7 +13,7 @@ import typer
 from rich.text import Text
 
 from . import terminal
-from .arguments import DeviceOption, RunArgument
+from .arguments import DeviceOption, MovedModelOption, RunArgument
 
 if TYPE_CHECKING:
     from .models import LanguageModel
@@ -42,6 +42,7 @@ def report(
         ),
     ] = None,
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    run_model: MovedModelOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Write a run as one HTML page to explore: features in context, neurons, overlaps, and the run's facts.
@@ -61,7 +62,7 @@ def report(
         @functools.cache
         def load() -> LanguageModel:
             say(f"loading {name}")
-            loaded = terminal.load_model_of(opened, device)
+            loaded = terminal.load_model_of(opened, device, model=run_model)
             say("describing features")
             return loaded
 

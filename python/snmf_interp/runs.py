@@ -628,28 +628,50 @@ class Run:
             files.write_json(path, {"format": FORMAT, "texts": {str(i): text for i, text in texts.items()}})
         return texts
 
-    def load_model(self, *, device: str | None = None, trust_remote_code: bool = False) -> LanguageModel:
+    def load_model(
+        self,
+        *,
+        device: str | None = None,
+        trust_remote_code: bool = False,
+        model: str | Path | None = None,
+    ) -> LanguageModel:
         """Load the model that the run was collected from, as it was loaded then.
 
         Args:
             device: where.
             trust_remote_code: let transformers run code from the Hub repository. A run does not remember that: it
                 may come from somebody else.
+            model: where the model is now, if it is not where it was: what :func:`snmf_interp.load_model` takes. It must
+                have the same weights.
+
+        Raises:
+            FileNotFoundError: the model is not where it was.
+            ValueError: it cannot be loaded, or its weights are not those that the run was collected from.
         """
         import torch
 
         from .models import load_model
 
         record = self.config["model"]
-        name = record["path"] if record["kind"] in ("gguf", "folder") else record["name"]
-        return load_model(
-            name,
+        local = record["kind"] in ("gguf", "folder")
+        remedy = "say where it is now: --run-model PATH (model=PATH)"
+        if model is None and local and not Path(record["path"]).exists():
+            raise FileNotFoundError(f"the model of {self.path} is no longer at {record['path']}; {remedy}")
+        if model is None and record["kind"] == "object":
+            raise ValueError(
+                f"the model of {self.path} ({record['name']!r}) was given in Python, without a place; {remedy}"
+            )
+        loaded = load_model(
+            model or (record["path"] if local else record["name"]),
             device=device,
             dtype=getattr(torch, self.config["collect"]["model_dtype"]),
-            revision=record.get("revision"),
+            revision=record.get("revision") if model is None else None,
             start_token=self.config["collect"]["start_token"],
             trust_remote_code=trust_remote_code,
         )
+        if model is not None:
+            self.check_model(loaded)
+        return loaded
 
     def mean_active(self, layer: int) -> float:
         """L0: how many features of a fitted layer fire on a token on average."""

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import terminal
-from .arguments import DeviceOption, LayersOption, RunArgument, fitted_layers
+from .arguments import DeviceOption, LayersOption, MovedModelOption, RunArgument, fitted_layers
 
 if TYPE_CHECKING:
     from .choosing import KChoice
@@ -36,6 +36,7 @@ def stability(
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a layer instead of tables.")
     ] = False,
+    run_model: MovedModelOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Say which features of a layer are found again from other starts.
@@ -49,7 +50,7 @@ def stability(
 
     opened = Run.open(run)
     screen = terminal.console()
-    load = terminal.loader(opened, device)
+    load = terminal.loader(opened, device, model=run_model)
     for layer in fitted_layers(opened, layers):
         report = layer_stability(opened, layer, seeds, threshold=threshold, progress=sys.stderr.isatty())
         if as_json:

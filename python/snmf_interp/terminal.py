@@ -105,18 +105,26 @@ def waiting(what: str) -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
-def load_model_of(run: Run, device: str | None, trusted: bool = False) -> LanguageModel:
-    """The model of a run; its own code is run only where ``trusted`` or SNMF_TRUST_REMOTE_CODE says so now."""
+def load_model_of(
+    run: Run, device: str | None, trusted: bool = False, model: str | None = None
+) -> LanguageModel:
+    """The model of a run, from where ``model`` says it is now.
+
+    Its own code is run only where ``trusted`` or SNMF_TRUST_REMOTE_CODE says so now.
+    """
     trusted = trusted or os.environ.get("SNMF_TRUST_REMOTE_CODE", "").lower() in ("1", "true", "yes", "on")
-    return run.load_model(device=device, trust_remote_code=trusted)
+    return run.load_model(device=device, trust_remote_code=trusted, model=model)
 
 
-def loader(run: Run, device: str | None, trusted: bool = False) -> Callable[[], LanguageModel]:
+def loader(
+    run: Run, device: str | None, trusted: bool = False, model: str | None = None
+) -> Callable[[], LanguageModel]:
     """What loads the model of a run when it is first called, with a moving line meanwhile."""
 
     @functools.cache
     def load() -> LanguageModel:
-        return loading(run.config["model"]["name"], lambda: load_model_of(run, device, trusted))
+        name = model or run.config["model"]["name"]
+        return loading(name, lambda: load_model_of(run, device, trusted, model))
 
     return load
 

@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from . import terminal
-from .arguments import OneLayerOption, one_layer
+from .arguments import MovedModelOption, OneLayerOption, one_layer
 
 # Of a layer that is not factorised.
 _K = 100
@@ -63,6 +63,7 @@ def tree(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a hierarchy made with other options.")
     ] = False,
+    run_model: MovedModelOption = None,
     device: Annotated[
         str | None,
         typer.Option(help="Where the model runs.", show_default="cuda when there is one, else cpu"),
@@ -112,7 +113,7 @@ def tree(
     descriptions = None
     if describe:
         kept = (opened.path / f"layer_{layer}" / "tree" / "hierarchy.safetensors").is_file()
-        load = terminal.loader(opened, device)
+        load = terminal.loader(opened, device, model=run_model)
         descriptions = opened.descriptions(layer, load, None if kept else hierarchy)
     graph = build_tree(hierarchy, threshold=threshold, most=children, descriptions=descriptions)
     coarsest = [place for place in graph.roots if place[0] == len(sizes) - 1]

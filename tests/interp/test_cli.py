@@ -21,6 +21,7 @@ from snmf_interp import LanguageModel, doctor, files, foreign_bars, show, termin
 from snmf_interp.cli import app, main
 
 from .conftest import contents, refuse_writing
+from .test_models import change_weights
 
 Maker = Callable[..., LanguageModel]
 
@@ -143,6 +144,52 @@ def test_failure_is_exit_code_1(fitted: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "--debug" in result.stderr
     result = snmf("--debug", "fit", fitted, "--k", 5, "--overwrite")
     assert isinstance(result.exception, RuntimeError)
+
+
+def test_a_model_that_was_moved(fitted: Path, model_folder: Path, tmp_path: Path) -> None:
+    """Every command that loads the model of a run takes its new place."""
+    moved = tmp_path / "moved"
+    model_folder.rename(moved)
+    page = tmp_path / "page.html"
+    short = ("--strength", 1, "--max-new-tokens", 2, "--samples", 1)
+    for option, arguments in (
+        ("--model", ("steer", fitted, "--layer", 1, "--feature", 0, *short)),
+        ("--model", ("features", fitted, "--layer", 1)),
+        ("--model", ("neuron", fitted, 0, "--layer", 1)),
+        ("--model", ("overlap", fitted, 0, 1, "--layer", 1)),
+        ("--model", ("nearest", fitted, 0, "--layer", 1, "--by", "direction")),
+        ("--model", ("stability", fitted, "--layer", 1, "--seeds", 2)),
+        ("--model", ("report", fitted, "-o", page)),
+        ("--model", ("tree", fitted, "--layer", 1, "--levels", "3,2")),
+        ("--run-model", ("label", fitted, "--layer", 1)),
+        ("--run-model", ("detect", fitted, "--layer", 1, "--k", 3)),
+        ("--run-model", ("compare", fitted, moved, "--layer", 1)),
+        ("--run-model", ("eval", fitted, "--layers", 1, "--k", 3, "--concepts", 0, "--next-token")),
+    ):
+        for made in ("features.jsonl", "tree/descriptions.json"):
+            (fitted / "layer_1" / made).unlink(missing_ok=True)
+        for made in ("words.json", "tokens.json"):
+            (fitted / made).unlink(missing_ok=True)
+        refused = snmf(*arguments)
+        said = " ".join(refused.stderr.split())
+        assert refused.exit_code == 2 or arguments[0] == "neuron", (arguments, refused.output)
+        assert "--run-model PATH" in said or arguments[0] == "neuron", (arguments, said)
+        for name in {option, "--run-model"}:
+            result = snmf(*arguments, name, moved)
+            assert result.exit_code == 0, (arguments, result.output)
+
+
+def test_a_model_that_lacks_weights(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    change_weights(model_folder, lambda weights: weights.pop("model.layers.1.mlp.down_proj.weight"))
+    for arguments in (
+        ("collect", model_folder, texts, "--layers", "0", "--out", tmp_path / "x"),
+        ("doctor", model_folder),
+    ):
+        result = snmf(*arguments)
+        assert result.exit_code == 2
+        assert "lacks 1 weight: model.layers.1.mlp.down_proj.weight" in " ".join(result.stderr.split())
+        assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "x").exists()
 
 
 def test_run_that_may_not_be_written_to(

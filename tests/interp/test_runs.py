@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import snmf_kernels
-from snmf_interp import LanguageModel, Sample, collect
+from snmf_interp import LanguageModel, Sample, collect, load_model
 from snmf_interp.features import read_features
 from snmf_interp.refits import other_starts
 from snmf_interp.runs import CONFIG, Run
@@ -109,6 +109,42 @@ def test_other_weights_are_refused(run: Run, make_model: Maker) -> None:
     fit(run, [0])
     with pytest.raises(ValueError, match="weights of 'tiny-mistral' are not those"):
         run.features(0, make_model("mistral"))
+
+
+def test_a_model_that_was_moved(tmp_path: Path, make_model: Maker, samples: list[Sample]) -> None:
+    for name, family in (("there", "llama"), ("other", "mistral")):
+        made = make_model(family)
+        made.model.save_pretrained(tmp_path / name)
+        made.tokenizer.save_pretrained(tmp_path / name)
+    run = Run.collect(tmp_path / "run", load_model(tmp_path / "there"), samples, "0", texts="here")
+    (tmp_path / "there").rename(tmp_path / "here")
+    with pytest.raises(
+        FileNotFoundError, match=rf"is no longer at {tmp_path / 'there'}; say .*--run-model PATH"
+    ):
+        run.load_model()
+    assert run.load_model(model=tmp_path / "here").fingerprint() == run.config["model"]["weights"]
+    with pytest.raises(ValueError, match=r"the weights of .* are not those"):
+        run.load_model(model=tmp_path / "other")
+
+
+def test_a_model_that_was_given_in_python(run: Run, tmp_path: Path, make_model: Maker) -> None:
+    with pytest.raises(ValueError, match=r"\('tiny-llama'\) was given in Python.*--run-model"):
+        run.load_model()
+    made = make_model()
+    made.model.save_pretrained(tmp_path / "model")
+    made.tokenizer.save_pretrained(tmp_path / "model")
+    assert run.load_model(model=tmp_path / "model").fingerprint() == made.fingerprint()
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path, make_model: Maker) -> None:
+    make_model().model.save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        ValueError, match=r"is a model's folder: .* make a run with `snmf collect MODEL TEXTS"
+    ):
+        Run.open(tmp_path / "model")
+    (tmp_path / CONFIG).write_text('{"name": "something else"}')
+    with pytest.raises(ValueError, match=r"is no run: its config\.json is not of `snmf collect`"):
+        Run.open(tmp_path)
 
 
 def test_what_is_not_there(run: Run, tmp_path: Path) -> None:
