@@ -496,9 +496,20 @@ def steer(
     ] = None,
     negative: Annotated[bool, typer.Option("--negative", help="Steer the other way.")] = False,
     both: Annotated[bool, typer.Option("--both", help="Steer both ways.")] = False,
-    ablate: Annotated[bool, typer.Option("--ablate", help="Remove it instead of adding it.")] = False,
+    ablate: Annotated[
+        bool,
+        typer.Option(
+            "--ablate",
+            help="Instead of adding it: take away what the feature contributes (as encode finds it beside the others); "
+            "of a vector the projection on it; of neurons all.",
+        ),
+    ] = False,
     clamp: Annotated[
-        float | None, typer.Option(help="Hold its coefficient at this value instead of adding it.")
+        float | None,
+        typer.Option(
+            help="Instead of adding it: hold the feature's strength at this value, as tables show it; of a vector the "
+            "projection on it; of neurons their activations."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Continuations of each prompt.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(help="Length of a continuation.")] = 50,

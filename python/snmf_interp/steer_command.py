@@ -25,6 +25,8 @@ from .strengths import PROMPTS, Strength, solve_strengths
 from .words import is_function_word, is_letters
 
 if TYPE_CHECKING:
+    import snmf_kernels
+
     from .features import Feature
     from .models import LanguageModel
     from .runs import Run
@@ -127,7 +129,8 @@ def run(
         ValueError: the request does not fit the run or the model.
         FileNotFoundError: the factorisation, or the file of the vector, is not there.
     """
-    vector = _vector(request, opened)
+    factors = _factors(request, opened)
+    vector = _vector(request, factors)
     model = load()
     width = model.d_mlp(request.layer)
     neurons = None if request.neurons is None else _numbers(request.neurons, width)
@@ -139,7 +142,7 @@ def run(
     with terminal.waiting("generating without steering"):
         plain = generate(model, prompts, **options)
     groups = []
-    for group in _groups(request, model, vector, neurons):
+    for group in _groups(request, model, vector, neurons, factors):
         steered = []
         for setting in group:
             with (
@@ -194,15 +197,8 @@ def layer_of(target: str, opened: Run | None, layers: str | None) -> int:
     raise ValueError(f"--layers: wanted the number of one layer of {target}, got {got}")
 
 
-def _vector(request: Request, opened: Run | None) -> Any:
-    """The direction ``[d_mlp]``, or None when neurons alone are steered."""
-    if request.vector is not None:
-        try:
-            return np.load(request.vector, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(
-                f"--vector: {request.vector} is not a .npy file of numbers; write it with numpy.save"
-            ) from error
+def _factors(request: Request, opened: Run | None) -> snmf_kernels.Factorization | None:
+    """Those of the feature; None where none is steered."""
     if request.feature is None:
         return None
     if opened is None:
@@ -212,7 +208,19 @@ def _vector(request: Request, opened: Run | None) -> Any:
         raise ValueError(
             f"--feature: layer {request.layer} has features 0-{factors.k - 1}, got {request.feature}"
         )
-    return factors.Z[:, request.feature]
+    return factors
+
+
+def _vector(request: Request, factors: snmf_kernels.Factorization | None) -> Any:
+    """The direction ``[d_mlp]``, or None when neurons alone are steered."""
+    if request.vector is not None:
+        try:
+            return np.load(request.vector, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(
+                f"--vector: {request.vector} is not a .npy file of numbers; write it with numpy.save"
+            ) from error
+    return None if factors is None else factors.Z[:, request.feature]
 
 
 def _numbers(ranges: str, width: int) -> list[int]:
@@ -235,12 +243,20 @@ def _targets(request: Request) -> tuple[float, ...]:
 
 
 def _groups(
-    request: Request, model: LanguageModel, vector: Any, neurons: list[int] | None
+    request: Request,
+    model: LanguageModel,
+    vector: Any,
+    neurons: list[int] | None,
+    factors: snmf_kernels.Factorization | None,
 ) -> Iterator[list[_Setting]]:
     """Settings to be shown beside each other: the signs of one target or strength."""
     if request.ablate or request.clamp is not None:
         mode: Any = "ablate" if request.ablate else "clamp"
-        yield [_Setting(Intervention(vector, mode, request.clamp, neurons))]
+        if factors is not None and request.feature is not None:
+            options: Any = {"mode": mode, "strength": request.clamp, "neurons": neurons}
+            yield [_Setting(Intervention.feature(factors, request.feature, **options))]
+        else:
+            yield [_Setting(Intervention(vector, mode, request.clamp, neurons))]
         return
     if vector is None:
         vector = torch.ones(model.d_mlp(request.layer))

@@ -35,15 +35,19 @@ _MODES = ("add", "ablate", "clamp")
 class Intervention:
     """One change of a layer's activations ``x [d_mlp]``, made at every position.
 
-    With ``vector`` it concerns the direction ẑ = vector / ‖vector‖, with ``neurons`` alone those neurons:
+    With ``vector`` it concerns the direction ẑ = vector / ‖vector‖, with ``neurons`` alone those neurons, and made by
+    :meth:`feature` a feature z with its coefficient y on x, as :meth:`snmf_kernels.Factorization.encode` gives it:
 
-    ========== ============================ =======================================
-    mode       a direction ẑ                neurons
-    ========== ============================ =======================================
-    "add"      ``x + α ẑ``                  adds α to each of them
-    "ablate"   ``x − (x·ẑ) ẑ``              sets them to zero
-    "clamp"    ``x + (α − x·ẑ) ẑ``          sets them to α
-    ========== ============================ =======================================
+    ========== ============================ ============================ =======================================
+    mode       a direction ẑ                a feature z                  neurons
+    ========== ============================ ============================ =======================================
+    "add"      ``x + α ẑ``                  ``x + α ẑ``                  adds α to each of them
+    "ablate"   ``x − (x·ẑ) ẑ``              ``x − y z``                  sets them to zero
+    "clamp"    ``x + (α − x·ẑ) ẑ``          ``x + (α − y‖z‖) ẑ``         sets them to α
+    ========== ============================ ============================ =======================================
+
+    A feature's coefficient is not the projection on its direction: features overlap, and y is what this one explains
+    beside all others. ``y‖z‖``, the norm of its contribution, is the strength that tables and pages show.
 
     Attributes:
         vector: ``[d_mlp]``, a torch tensor or numpy array of any length but zero; or ``[b, d_mlp]``, one for each
@@ -52,7 +56,9 @@ class Intervention:
         strength: α, in units of activation, of either sign; or ``[b]``, one for each row of the batch.
             ``"ablate"`` takes none.
         neurons: which neurons. With a ``vector``, its other entries are set to zero before it is scaled to
-            unit length, so that α means the same for a feature and for a part of it.
+            unit length, so that α means the same for a feature and for a part of it. Of a feature that is removed or
+            clamped, the change of its contribution is made on these neurons alone.
+        feature_of: ``(factors, index)`` of a feature that is removed or clamped; :meth:`feature` sets it.
 
     Raises:
         ValueError: the fields contradict each other, or a number is out of range.
@@ -63,6 +69,7 @@ class Intervention:
     mode: Mode = "add"
     strength: Any = None
     neurons: Sequence[int] | Tensor | None = None
+    feature_of: tuple[snmf_kernels.Factorization, int] | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
@@ -91,14 +98,15 @@ class Intervention:
 
     @classmethod
     def feature(cls, factors: snmf_kernels.Factorization, index: int, **options: Any) -> Intervention:
-        """Column ``index`` of ``factors.Z``, with the other fields by name.
+        """Feature ``index`` of ``factors``, with the other fields by name.
 
         Raises:
             ValueError: there is no such feature, or it is zero.
         """
         if not 0 <= index < factors.k:
             raise ValueError(f"index: there are features 0-{factors.k - 1}, got {index}")
-        return cls(factors.Z[:, index], **options)
+        feature_of = None if options.get("mode", "add") == "add" else (factors, index)
+        return cls(factors.Z[:, index], feature_of=feature_of, **options)
 
 
 Spec = Intervention | Tensor | np.ndarray
@@ -202,6 +210,12 @@ class _Change:
             kept = direction.to(device) * self.mask
             self.unit = kept / kept.norm(dim=-1, keepdim=True)
         self.adds = intervention.mode == "add"
+        self.feature_of = intervention.feature_of
+        if self.feature_of is not None:
+            # By the feature's own length, and not that of the part on some neurons.
+            self.contribution = direction.to(device) * self.mask
+            self.norm = float(direction.norm())
+            self.unit = None
         given = 0.0 if intervention.mode == "ablate" else intervention.strength
         self.strength = torch.as_tensor(given, dtype=torch.float32).to(device)
 
@@ -219,6 +233,12 @@ class _Change:
         strength = strength.to(x.device, precise)
         unit = None if unit is None else unit.to(x.device, precise)
         mask = self.mask.to(x.device)
+        if self.feature_of is not None:
+            factors, index = self.feature_of
+            wide = x.detach().to(precise)
+            Y = torch.as_tensor(factors.encode(wide.reshape(-1, wide.shape[-1]).T).Y)[index]
+            y = Y.reshape(*wide.shape[:-1], 1).to(x.device, precise)
+            return x + ((strength / self.norm - y) * self.contribution.to(x.device, precise)).to(x.dtype)
         if self.adds:
             return x + (strength * (mask if unit is None else unit)).to(x.dtype)
         if unit is None:

@@ -162,6 +162,41 @@ class TestAblateAndClamp:
         with steer(model, {1: Intervention(vector(), "ablate")}):
             torch.testing.assert_close(logits(model), logits(patched), rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+    def test_a_feature_is_its_coefficient(self, family: str, make_model: Maker) -> None:
+        """Not the projection on its direction: features overlap."""
+        model = make_model(family)
+        before = activations(model, 1)
+        data = torch.cat([before.T, torch.rand(WIDTH, 60, generator=torch.Generator().manual_seed(1))], 1)
+        factors = snmf_kernels.fit(data, 5, keep=0.6)
+        Z, Y = torch.as_tensor(factors.Z), torch.as_tensor(factors.encode(before.T).Y)
+        index = int(Y.sum(1).argmax())
+        z, y = Z[:, index], Y[index]
+        assert float(y.max()) > 0
+        for mode, strength, wanted in (
+            ("ablate", None, torch.zeros(10)),
+            ("clamp", 3.0, torch.full((10,), 3.0)),
+            ("clamp", [1.0, 2.0], torch.tensor([1.0, 2.0]).repeat_interleave(5)),
+        ):
+            options: Any = {"mode": mode, "strength": strength}
+            with steer(model, {1: Intervention.feature(factors, index, **options)}):
+                after = activations(model, 1)
+            expected = before + (wanted / z.norm() - y)[:, None] * z
+            torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-3)
+            # Encoded again it has the strength that was asked for, where it fired before.
+            again, fired = torch.as_tensor(factors.encode(after.T, tol=1e-6).Y), y > 1e-3
+            torch.testing.assert_close((again[index] * z.norm())[fired], wanted[fired], rtol=0.02, atol=0.02)
+        projected = Intervention(z, "clamp", 3.0)
+        with steer(model, {1: projected}):
+            other = activations(model, 1)
+        assert (other - expected).abs().max() > 1e-2
+        # On some neurons alone the change is made there.
+        part = Intervention.feature(factors, index, mode="ablate", neurons=range(5))
+        with steer(model, {1: part}):
+            change = activations(model, 1) - before
+        assert not change[:, 5:].any()
+        torch.testing.assert_close(change[:, :5], -y[:, None] * z[:5], rtol=1e-3, atol=1e-3)
+
     def test_in_order(self, make_model: Maker) -> None:
         model = make_model()
         unit = vector() / vector().norm()
