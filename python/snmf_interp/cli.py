@@ -253,7 +253,7 @@ def collect(
         f"activations of layers {', '.join(map(str, run.layers))} in {out}",
         time.perf_counter() - started,
     )
-    terminal.counts(screen, run.config)
+    terminal.counts(screen, run)
     screen.print(Text(f"\nNext: {terminal.command()} fit {shlex.quote(str(out))} --k 100"), soft_wrap=True)
 
 
@@ -434,7 +434,7 @@ def features(
             screen.print(
                 show.feature_table(found, screen.width, marks=not screen.is_terminal, contexts=contexts)
             )
-            screen.print(show.table_notes(found, opened.mean_active(number)))
+            screen.print(show.table_notes(found, opened.mean_active(number), opened.model_facts))
 
 
 def _of_concept(features: list[Feature], concept: str, layer: int) -> list[Feature]:

@@ -155,7 +155,7 @@ def _opened(
         return terminal.load_model(target, device=device)
 
     opened = Run.collect(folder, load(), samples, [chosen], texts=NAME)
-    terminal.counts(screen, opened.config)
+    terminal.counts(screen, opened)
     return opened, chosen, load
 
 

@@ -87,7 +87,7 @@ def _collected(
     started = time.perf_counter()
     made = Run.collect(folder, loaded, samples, layers, texts="concepts")
     terminal.done(screen, "activations", time.perf_counter() - started)
-    terminal.counts(screen, made.config)
+    terminal.counts(screen, made)
     return made
 
 
@@ -126,7 +126,7 @@ def _legend(screen: Console, opened: Run, layers: list[int]) -> None:
             "These layers were picked because they match these labels well, and the clearest features come first: most "
             f"are less clear, and so are most other layers. A token has {active} of the {K} features at once (L0), "
             "most of them weakly. The logit lens, which other tools show after the arrow, agrees with the measured "
-            f"effects by a rank correlation of {lens} in these layers. The model is a file with weights of 4 bits.",
+            f"effects by a rank correlation of {lens} in these layers. The model: {opened.model_facts}.",
         )
     )
 

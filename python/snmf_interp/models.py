@@ -71,7 +71,8 @@ class LanguageModel:
             gradients.
         tokenizer: its tokenizer.
         name: how to call it in files and messages.
-        source: what :func:`load_model` knows of its origin (kind, path, revision, sha256).
+        source: what :func:`load_model` knows of its origin (kind, path, revision; of a GGUF file sha256, file and
+            quantisation).
         start_token: the token put in front of every text: ``"auto"`` (see below), ``None`` for none, a token
             or an id.
 
@@ -430,15 +431,15 @@ def load_network(
     path = Path(name).expanduser()
     source: dict[str, Any]
     if name in gguf_models.BUNDLED:
-        folder, sha256 = gguf_models.bundled_folder(name)
-        target, source, local = str(folder), {"kind": "bundled", "sha256": sha256}, True
+        folder, file = gguf_models.bundled_folder(name)
+        target, source, local = str(folder), {"kind": "bundled", **file}, True
     elif path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"model {name!r} is a file, but not a .gguf file; give its folder, or a Hub id")
-        folder, sha256 = gguf_models.converted_folder(path)
+        folder, file = gguf_models.converted_folder(path)
         target, source, local = (
             str(folder),
-            {"kind": "gguf", "path": str(path.resolve()), "sha256": sha256},
+            {"kind": "gguf", "path": str(path.resolve()), **file},
             True,
         )
     elif path.is_dir():

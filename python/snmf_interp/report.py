@@ -195,7 +195,18 @@ def _facts(run: Run, layers: Sequence[int]) -> list[dict[str, Any]]:
             "rows": [
                 ("model", model["name"]),
                 ("class", model["class"]),
-                *((name, model[name]) for name in ("kind", "path", "revision", "weights") if model.get(name)),
+                *(
+                    (title, model[name])
+                    for name, title in (
+                        ("file", "file"),
+                        ("quantisation", "weights quantised"),
+                        ("kind", "kind"),
+                        ("path", "path"),
+                        ("revision", "revision"),
+                        ("weights", "weights (hash)"),
+                    )
+                    if model.get(name)
+                ),
                 ("precision", f"run in {collect['model_dtype']}, stored in {collect['dtype']}"),
                 (
                     "texts",
@@ -242,6 +253,7 @@ def _facts(run: Run, layers: Sequence[int]) -> list[dict[str, Any]]:
                         f"{counts['kept'][str(layer)]:,}, without {counts['sinks'][str(layer)]:,} attention sinks",
                     ),
                     ("features", f"{options['k']}, {len(record['dead_features'])} dead"),
+                    ("L0", f"{run.mean_active(layer):.1f} features fire on a token, on average"),
                     ("neurons kept", f"{options['keep']:.3g} of all, a feature"),
                     ("neuron scale", str(options["neuron_scale"] or "none")),
                     ("relative error", f"{record['relative_error']:.4f} (‖A − ZY‖² / ‖A‖²)"),

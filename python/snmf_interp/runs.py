@@ -147,6 +147,15 @@ class Run:
         return True
 
     @property
+    def model_facts(self) -> str:
+        """The model in a line: its name, the file that it is from, and in which types its weights were stored."""
+        model = self.config["model"]
+        facts = [model["file"]] if model.get("file") else []
+        if model.get("quantisation"):
+            facts.append(f"weights quantised: {model['quantisation']}")
+        return model["name"] + (f" ({'; '.join(facts)})" if facts else "")
+
+    @property
     def layers(self) -> list[int]:
         """The layers whose activations are there."""
         return [int(layer) for layer in self.config["hook_names"]]

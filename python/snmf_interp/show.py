@@ -66,16 +66,18 @@ def feature_table(features: Sequence[Feature], width: int, *, marks: bool, conte
     return table
 
 
-def table_notes(features: Sequence[Feature], mean_active: float) -> Text:
+def table_notes(features: Sequence[Feature], mean_active: float, model: str) -> Text:
     """What the numbers of :func:`feature_table` are, in a few sentences.
 
     Args:
         features: all that the table is of.
         mean_active: L0 of the layer.
+        model: what they are features of, see :attr:`snmf_interp.runs.Run.model_facts`.
     """
     notes = [
+        f"Model: {model}.",
         f"L0: a token has {mean_active:.0f} of the layer's features on average. on: the share of tokens with a "
-        f"coefficient above 0; strong on: above {STRONG:.0%} of the feature's largest."
+        f"coefficient above 0; strong on: above {STRONG:.0%} of the feature's largest.",
     ]
     chance = features[0].chance_precision if features else 0.0
     if any(feature.concept for feature in features):

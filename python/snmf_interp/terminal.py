@@ -175,9 +175,10 @@ def done(screen: Console, what: str, seconds: float | None) -> None:
     screen.print(Text.assemble(("✓ ", "bold green"), what, (f"  {taken}", "dim")))
 
 
-def counts(screen: Console, config: dict[str, Any]) -> None:
-    """How many tokens a run kept and left out, from its config."""
-    numbers = config["counts"]
+def counts(screen: Console, run: Run) -> None:
+    """What model a run is of, and how many tokens it kept and left out."""
+    config, numbers = run.config, run.config["counts"]
+    screen.print(Text(f"  of {run.model_facts}", style="dim"))
     kept = numbers["kept"].values()
     total = f"{max(kept):,}" if len(set(kept)) == 1 else f"{min(kept):,} to {max(kept):,}"
     sinks = ", ".join(f"{n:,} at layer {layer}" for layer, n in numbers["sinks"].items() if n)

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -425,18 +426,34 @@ class TestConversionCache:
 
         monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", read)
         monkeypatch.setattr(hf.AutoTokenizer, "from_pretrained", lambda *_a, **_k: model.tokenizer)
+        monkeypatch.setattr(gguf_models, "_quantisation", lambda path: f"of {path.read_bytes().decode()}")
         return calls
 
     def test_converted_once(self, tmp_path: Path, converted: list[Path]) -> None:
         file = tmp_path / "m.gguf"
         file.write_bytes(b"one")
-        first, sha256 = gguf_models.converted_folder(file)
-        again, _ = gguf_models.converted_folder(file)
-        assert first == again
+        first, facts = gguf_models.converted_folder(file)
+        again, same = gguf_models.converted_folder(file)
+        assert (first, facts) == (again, same)
+        assert (facts["file"], facts["quantisation"]) == ("m.gguf", "of one")
         assert first.parent == tmp_path / "cache" / "models"
-        assert sha256[:12] in first.name
+        assert facts["sha256"][:12] in first.name
         assert (first / "config.json").is_file()
         assert len(converted) == 1
+
+    def test_quantisation_is_read_from_the_file(self, tmp_path: Path) -> None:
+        """An older conversion did not say it: the file is asked."""
+        gguf = pytest.importorskip("gguf")
+        writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+        halves = np.zeros((3, 32), dtype=np.float16)
+        writer.add_tensor("a", halves)
+        packed = gguf.quantize(np.ones((1, 32), dtype=np.float32), gguf.GGMLQuantizationType.Q8_0)
+        writer.add_tensor("b", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        assert gguf_models._quantisation(tmp_path / "m.gguf") == "F16 75 %, Q8_0 25 %"
 
     def test_missing_weights_are_refused(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_model: Maker
