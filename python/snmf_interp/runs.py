@@ -30,6 +30,7 @@ import logging
 import shlex
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
     from .trees import Description, Place, Tree
 
 logger = logging.getLogger(__name__)
+
+# Below so many tokens for each feature, and so many different texts, a fit is warned of.
+_TOKENS_PER_FEATURE, _FEW_TEXTS = 10, 30
 
 FORMAT = 1
 CONFIG, ACTIVATIONS, WORDS, TOKENS = "config.json", "activations", "words.json", "tokens.json"
@@ -266,6 +270,8 @@ class Run:
         store = self.store() if todo else None
         if todo:
             self._move_records()
+            if cautions := self.cautions(k, todo):
+                logger.warning("%s", "; ".join(cautions))
         for layer in chosen:
             if layer not in todo or store is None:
                 yield layer, self.record(layer) | {"reused": True}
@@ -288,6 +294,35 @@ class Run:
                 "versions": versions(),
             }
             yield layer, self._put(layer, factors, record, overwrite)
+
+    def cautions(self, k: int, layers: Sequence[int]) -> list[str]:
+        """What speaks against a fit of ``k`` features to these texts, each in a few words; nothing is the best answer.
+
+        Args:
+            k: features per layer.
+            layers: those that are to be fitted.
+        """
+        corpus, kept = self.store().corpus, self.config["counts"]["kept"]
+        tokens = min(kept[str(layer)] for layer in layers)
+        texts = len(corpus.labels) - corpus.n_equal
+        labels = Counter(label for label in corpus.labels if label is not None)
+        found = []
+        if tokens < _TOKENS_PER_FEATURE * k:
+            found.append(
+                f"{tokens:,} tokens are few for {k} features: with fewer than {_TOKENS_PER_FEATURE} each they fit "
+                f"single tokens; take at most {max(tokens // _TOKENS_PER_FEATURE, 1)} features, or more texts"
+            )
+        if texts < _FEW_TEXTS:
+            found.append(
+                f"{texts} different texts are few: what they have in common may be chance; take {_FEW_TEXTS} or more"
+            )
+        if len(labels) == 1:
+            found.append(
+                f"all labelled texts have the label {next(iter(labels))!r}: no feature gets a concept from it"
+            )
+        elif len(labels) > 1 and max(labels.values()) == 1:
+            found.append("every text has a label of its own: no feature gets a concept from them")
+        return found
 
     def factors(self, layer: int) -> snmf_kernels.Factorization:
         """The factorisation of a layer.

@@ -187,6 +187,47 @@ def test_layers_refused(run: Run, layers: str, message: str) -> None:
         run.parse_layers(layers)
 
 
+class TestCautions:
+    """What a newcomer's first texts are warned of, before the fit and in one line."""
+
+    def run_of(
+        self, make_model: Maker, path: Path, labels: list[str | None], text: str = "the cat on a mat"
+    ) -> Run:
+        words = ("Monday", "dog", "rain", "sun", "red", "blue", "Tuesday", "fast", "big", "small")
+        samples = [
+            Sample(str(i), f"{words[i % 10]} {words[i // 10 % 10]} {text}", label)
+            for i, label in enumerate(labels)
+        ]
+        return Run.collect(path, make_model(), samples, "0", sink_threshold=None)
+
+    def test_enough(self, make_model: Maker, tmp_path: Path) -> None:
+        run = self.run_of(make_model, tmp_path, ["a", "b"] * 40)
+        assert run.cautions(20, [0]) == []
+
+    def test_few_tokens(self, make_model: Maker, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        run = self.run_of(make_model, tmp_path, [None] * 40)
+        (caution,) = run.cautions(100, [0])
+        assert "280 tokens are few for 100 features" in caution
+        assert "at most 28 features" in caution
+        list(run.fit([0], 30, max_iter=2))
+        (record,) = [one for one in caplog.records if one.name == "snmf_interp.runs"]
+        assert "280 tokens are few for 30 features" in record.message
+        assert "\n" not in record.message
+        # What is kept is not warned of again.
+        list(run.fit([0], 30, max_iter=2))
+        assert len([one for one in caplog.records if one.name == "snmf_interp.runs"]) == 1
+
+    def test_few_texts_and_useless_labels(self, make_model: Maker, tmp_path: Path) -> None:
+        few = self.run_of(make_model, tmp_path / "few", ["a", "b"] * 5)
+        assert "10 different texts are few" in few.cautions(2, [0])[0]
+        one = self.run_of(make_model, tmp_path / "one", ["x"] * 40)
+        assert one.cautions(2, [0]) == [
+            "all labelled texts have the label 'x': no feature gets a concept from it"
+        ]
+        each = self.run_of(make_model, tmp_path / "each", [f"label {i}" for i in range(40)])
+        assert "every text has a label of its own" in each.cautions(2, [0])[0]
+
+
 def test_features_of_an_older_version_are_described_anew(run: Run, make_model: Maker) -> None:
     """Their words are of another logit lens."""
     fit(run, [0], 3)
