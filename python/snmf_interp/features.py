@@ -34,8 +34,8 @@ _VERSION = 3
 _N_RANDOM = 64
 # A token is strong above this share of the feature's largest coefficient.
 STRONG = 0.1
-# Words of a name.
-_NAME = 5
+# Words of a name; the share of its tokens from which two function words are what a feature is of.
+_NAME, _MOSTLY = 5, 0.6
 # Who names a feature that no language model has named.
 WORDS = "words"
 # Content words that a clear feature has, and the standard deviations by which they stand out where clarity is a half:
@@ -459,14 +459,20 @@ def _word_clarity(standing_out: Sequence[Word]) -> float:
 
 
 def _name(tokens: Sequence[TokenInContext], standing_out: Sequence[Word]) -> str:
-    """The content words that stand out, else those of the strongest tokens, else these tokens as such."""
+    """The content words that stand out; or the tokens as such, of a feature of one or two function words or marks."""
+    words = Counter(token.word.casefold() for token in tokens)
+    common = [word for word, _ in words.most_common(2) if is_function_word(word)]
+    if tokens and sum(words[word] for word in common) > _MOSTLY * len(tokens):
+        return _as_tokens(common)
     chosen = [word.text for word in standing_out if not is_function_word(word.text)]
     if not chosen:
-        words = list(dict.fromkeys(token.word for token in tokens))
-        chosen = [word for word in words if word and not is_function_word(word)]
-        if not chosen:
-            return " ".join(f"‹{word or '␣'}›" for word in words[:_NAME])
-    return ", ".join(chosen[:_NAME])
+        plain = dict.fromkeys(token.word for token in tokens)
+        chosen = [word for word in plain if word and not is_function_word(word)]
+    return ", ".join(chosen[:_NAME]) if chosen else _as_tokens(list(words)[:_NAME])
+
+
+def _as_tokens(words: Sequence[str]) -> str:
+    return " ".join(f"‹{word or '␣'}›" for word in words)
 
 
 def with_effects(

@@ -106,6 +106,7 @@ def layer_data(
                 "name": feature.name,
                 "named_by": feature.named_by,
                 "clarity": _short(feature.clarity),
+                "word_clarity": _short(feature.word_clarity),
                 "concept": feature.concept,
                 "precision": _short(feature.concept_precision),
                 "energy": _short(feature.energy),

@@ -182,6 +182,10 @@ def test_names(planted: tuple[LanguageModel, Factors], store: ActivationStore) -
     assert features._name(tokens, [word("the", 9.0), word("bee", 5.0)]) == "bee"
     assert features._name(tokens, []) == "wasp"
     assert features._name(tokens[::2], [word("the", 9.0)]) == "‹the› ‹of›"
+    # A feature of two function words is of these, whatever stands beside them.
+    assert (
+        features._name(tokens[:1] * 12 + tokens[2:] * 8 + tokens[1:2] * 5, [word("bee", 5.0)]) == "‹the› ‹of›"
+    )
     named = describe(planted[1], store, planted[0], 1)
     label = Label(1, 0, "input", "days of the week", True, "judge")
     for useless in (

@@ -23,7 +23,7 @@ function featureView(feature) {
     h(
       "dl",
       { class: "facts" },
-      fact("clarity", feature.clarity.toFixed(2), "0 to 1"),
+      fact("clarity of its words", feature.word_clarity.toFixed(2), "0 to 1"),
       fact("fires on", percent(feature.firing_share), `${count(feature.firing)} of ${count(layer.tokens)} tokens`),
       fact("strong on", percent(feature.strong_share), `${count(feature.strong)} tokens, above a tenth of its largest`),
       fact("L0 of the layer", layer.mean_active.toFixed(0), "features a token, on average"),

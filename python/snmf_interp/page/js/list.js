@@ -1,12 +1,13 @@
 // The list of features: search, sort, filters, and walking through it.
 
+// Without a concept, features of a layer where others have one come after these, by their words.
 const ORDERS = {
-  clarity: { value: (f) => f.clarity, show: (f) => f.clarity.toFixed(2) },
-  precision: { value: (f) => f.precision, show: (f) => f.precision.toFixed(2) },
+  clarity: { value: (f) => f.clarity || f.word_clarity - 1, show: (f) => (f.clarity ? f.clarity.toFixed(2) : "") },
+  precision: { value: (f) => f.precision, show: (f) => (f.concept ? f.precision.toFixed(2) : "") },
   energy: { value: (f) => f.energy, show: (f) => percent(f.energy) },
   firing: { value: (f) => f.firing, show: (f) => percent(f.firing_share, 0) },
   strong: { value: (f) => f.strong, show: (f) => percent(f.strong_share) },
-  index: { value: null, show: (f) => f.clarity.toFixed(2) },
+  index: { value: null, show: (f) => (f.clarity ? f.clarity.toFixed(2) : "") },
 };
 const FILTERS = {
   all: () => true,
