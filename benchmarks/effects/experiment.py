@@ -26,7 +26,7 @@ from real_activations import FOLDER
 
 import snmf_kernels
 from snmf_interp import Feature, describe, load_model
-from snmf_interp.effects import KL, Effects, measure_effects
+from snmf_interp.effects import KL, Effects, lens_logits, measure_effects
 from snmf_interp.files import write_json
 from snmf_interp.rivals import bundled_words, collect_run
 from snmf_interp.strengths import PROMPTS
@@ -84,13 +84,9 @@ def measure(model_name: str, layers: tuple[int, ...]) -> list[dict[str, Any]]:
         ]
         measured = [[word for word, _ in whole.words(model, index, LISTED).raised] for index in drawn]
         lens = [[word for word, _ in feature.distinctive] for feature in features]
-        raised = []
-        for index, feature in zip(drawn, features, strict=True):
-            by_token = {
-                model.token_text(int(i)): float(whole.change[whole.row(index)][i])
-                for i in range(whole.change.shape[1])
-            }
-            raised += [by_token[word] > 0 for word, _ in feature.distinctive]
+        logits = lens_logits(model, layer, torch.as_tensor(factors.Z)).double()
+        best = ((logits - logits.mean(0)) / logits.std(0).clamp_min(1e-6))[drawn].topk(LISTED).indices
+        raised = whole.change.gather(1, best) > 0
         known, hits, chance = own_words(features, measured, words)
         _, lens_hits, lens_chance = own_words(features, lens, words)
         rows.append(
@@ -99,7 +95,7 @@ def measure(model_name: str, layers: tuple[int, ...]) -> list[dict[str, Any]]:
                 "layer": layer,
                 "reached": float(whole.reached.float().mean()),
                 "lens": whole.agreement,
-                "lens_raised": sum(raised) / len(raised),
+                "lens_raised": float(raised.float().mean()),
                 "halves": correlation(halves[0].change, halves[1].change),
                 "halves_excess": correlation(*above),
                 "again": sum(again) / len(again),
@@ -123,8 +119,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "Rank correlations are medians over features. *Again*: of the ten words listed by four prompts how many are "
         f"among the {TOP} first by four others (of a vocabulary of 49,152 and 262,144: by chance 0.02 and 0.004).",
         "",
-        "| model, layer | lens and effects, rank correlation | of the lens's ten words, raised | effects of two halves of "
-        "the prompts, rank correlation | the same above random groups | ten words found again | own concept: effects "
+        "| model, layer | lens and effects, rank correlation | of the lens's ten words, raised | effects of two halves "
+        "of the prompts, rank correlation | the same above random groups | ten words found again | own concept: effects "
         "(chance) | own concept: lens (chance) | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
