@@ -3,7 +3,7 @@
     python benchmarks/effects/experiment.py     # results.json and table.md; a quarter of an hour
 
 For each layer the default fit of the bundled corpus, k = 100, and 30 of its features, drawn by a seed. Each is added at
-0.25 nats behind four prompts, and behind four others: what is measured must be found again there. The logit lens is
+0.25 nats behind eight prompts, and behind eight others: what is measured must be found again there. The logit lens is
 compared with both halves together. *Own concept*: of the drawn features whose concept has words (a label of the corpus
 that they rank better than chance, in the list behind ``snmf eval``), for how many one of the ten words listed is among
 the concept's words, by the measured effects, by the lens, and by chance: the same lists with another such feature's
@@ -26,10 +26,9 @@ from real_activations import FOLDER
 
 import snmf_kernels
 from snmf_interp import Feature, describe, load_model
-from snmf_interp.effects import KL, Effects, lens_logits, measure_effects
+from snmf_interp.effects import KL, PROMPTS, Effects, lens_logits, measure_effects
 from snmf_interp.files import write_json
 from snmf_interp.rivals import bundled_words, collect_run
-from snmf_interp.strengths import PROMPTS
 
 HERE = Path(__file__).parent
 LAYERS = {"smollm2-135m": (2, 5, 8, 11, 14, 17, 20, 23, 27), "gemma-3-270m": (3, 6, 9, 12, 14, 16)}
@@ -96,7 +95,7 @@ def measure(model_name: str, layers: tuple[int, ...]) -> list[dict[str, Any]]:
                 "reached": float(whole.reached.float().mean()),
                 "lens": whole.agreement,
                 "lens_raised": float(raised.float().mean()),
-                "halves": correlation(halves[0].change, halves[1].change),
+                "halves": float(whole.repeatability.median()),
                 "halves_excess": correlation(*above),
                 "again": sum(again) / len(again),
                 "known": known,
@@ -116,12 +115,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"Default fits, k = {K}, of the bundled corpus; {DRAWN} features a layer, at {KL:g} nats. {described(rows)}.",
         "",
-        "Rank correlations are medians over features. *Again*: of the ten words listed by four prompts how many are "
-        f"among the {TOP} first by four others (of a vocabulary of 49,152 and 262,144: by chance 0.02 and 0.004).",
+        "Rank correlations are medians over features. *Again*: of the ten words listed by eight prompts how many are "
+        f"among the {TOP} first by eight others (of a vocabulary of 49,152 and 262,144: by chance 0.02 and 0.004).",
         "",
         "| model, layer | lens and effects, rank correlation | of the lens's ten words, raised | effects of two halves "
-        "of the prompts, rank correlation | the same above random groups | ten words found again | own concept: effects "
-        "(chance) | own concept: lens (chance) | seconds |",
+        "of the prompts, rank correlation | the same above random groups | ten words found again | own concept: "
+        "effects (chance) | own concept: lens (chance) | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

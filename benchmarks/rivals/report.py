@@ -1,25 +1,26 @@
 """SNMF beside other methods on both bundled models: one table from the reports of ``snmf eval``.
 
-Steering, fixed before it was run (layers at a third, two thirds and nine tenths of the depth; eight of the 59 concepts
-that have words, drawn by the seed; seed 1, since seed 0 had served to try things out):
+Layers at a third, two thirds and nine tenths of the depth; concepts drawn by the seed among the 59 that have words;
+seed 1, since seed 0 had served to try things out. Directions are added as they are; where both signs are tried, by
+``--both-signs``, random groups have the same choice. *Next token*: each method's best detector alone
+(``--candidates 1``), for 16 concepts, beside other settings of SNMF:
 
-    snmf eval smollm2-135m --layers 10,20,27 --against diffmeans,sae,neuron,random,permuted --one-sign --seed 1 \\
+    snmf eval smollm2-135m --next-token --candidates 1 --layers 10,20,27 --concepts 16 --both-signs --seed 1 \\
+        --against diffmeans,sae,neuron,random,snmf-raw,snmf-sparse,snmf-norefit,permuted \\
+        --out benchmarks/data/options-smollm2-135m-k100
+
+*Text*: each method's three best detectors, of which the one is taken that raises the concept's words most above words
+that were as likely, on the prompts that everything is chosen on; DiffMeans has one. Eight concepts, on Gemma the first
+five of them with half the reporting texts, for lack of time:
+
+    snmf eval smollm2-135m --layers 10,20,27 --against diffmeans,sae,neuron,random,snmf-norefit,permuted --seed 1 \\
         --out benchmarks/data/eval-smollm2-135m
-    snmf eval gemma-3-270m --layers 6,12,16 --against diffmeans,sae,neuron,random,permuted --one-sign --seed 1 \\
+    snmf eval gemma-3-270m --layers 6,12,16 --against diffmeans,sae,neuron,random,snmf-norefit,permuted --seed 1 \\
         --report-samples 4 --concepts cities,metals,sport_ball_games,source_code,school \\
         --out benchmarks/data/eval-gemma-3-270m
 
-On Gemma an attempt took 80 s, and there was time for the first five of the same eight concepts. The autoencoders of
-these runs were tried with 10, 30 and about 70 of 100 latents active. The sparsest detected best, so the tables of
-detection are of later runs that tried 2 and 5 as well.
+Detection is that of the first run, and on Gemma of
 
-In these runs each method puts forward its three best detectors, of which the one that raises the concept's words most
-is taken, but for DiffMeans, which has one direction for each concept. So the next token was asked again with one
-direction for all (``--candidates 1``), of twice as many concepts, beside other settings of SNMF:
-
-    snmf eval smollm2-135m --next-token --candidates 1 --layers 10,20,27 --concepts 16 --one-sign --seed 1 \\
-        --against diffmeans,sae,neuron,random,snmf-raw,snmf-sparse,snmf-norefit,permuted \\
-        --out benchmarks/data/options-smollm2-135m-k100
     snmf eval gemma-3-270m --layers 6,12,16 --concepts 0 --seed 1 --against diffmeans,sae,neuron,random,permuted \\
         --out benchmarks/data/detect-gemma-3-270m
 
@@ -52,7 +53,7 @@ DETECTION = {
     "detection-gemma-3-270m": "detect-gemma-3-270m",
 }
 OPTIONS = ("options-smollm2-135m-k100",)
-# The divergence at which settings are compared, and the setting of SNMF that steers best there.
+# The divergence at which settings are compared, and the setting of SNMF that leads there.
 TARGET, BEST = 0.25, "snmf-norefit"
 
 
@@ -150,10 +151,12 @@ def immediate(rows: list[dict[str, Any]]) -> list[str]:
     )  # fmt: skip
 
 
-def shifts_by_concept(found: dict[str, Any]) -> dict[str, torch.Tensor]:
+def shifts_by_concept(found: dict[str, Any], both_signs: bool) -> dict[str, torch.Tensor]:
     """Of each method the rise for each concept, the mean over layers."""
     shifts: dict[str, dict[str, list[float]]] = {}
     for pair in found["pairs"]:
+        if pair["both_signs"] != both_signs:
+            continue
         for effect in pair["immediate"]:
             if effect["target"] == TARGET:
                 shifts.setdefault(pair["method"], {}).setdefault(pair["concept"], []).append(effect["shift"])
@@ -164,35 +167,39 @@ def shifts_by_concept(found: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def options(found: dict[str, Any]) -> list[str]:
-    """The next token of every setting, layer by layer."""
-    layers = found["immediate"]["layers"]
-    lines = [
-        "",
-        f"{found['model']}, k = {found['plan']['k']}. Steered to: {', '.join(found['concepts'])}.",
-    ]
-    groups = [*layers.values(), found["immediate"]["all"]]
-    shifts = shifts_by_concept(found)
-    at = [{row["method"]: row for row in rows if row["target"] == TARGET} for rows in groups]
-    return lines + lines_of(
-        (
-            "method",
-            *(f"layer {layer}" for layer in layers),
-            "all layers",
-            "KL",
-            "snmf is ahead",
-            f"{BEST} is ahead",
-        ),
-        (
+    """The next token of every setting, layer by layer: as directions are, and with both signs to choose from."""
+    lines = ["", f"{found['model']}, k = {found['plan']['k']}. Steered to: {', '.join(found['concepts'])}."]
+    for both_signs, title in ((False, "Directions as they are"), (True, "The better of both signs")):
+        part = (found["both_signs"] if both_signs else found)["immediate"]
+        layers = part["layers"]
+        shifts = shifts_by_concept(found, both_signs)
+        turned = [pair for pair in found["pairs"] if pair["both_signs"] and pair["sign"] == -1]
+        at = [
+            {row["method"]: row for row in rows if row["target"] == TARGET}
+            for rows in (*layers.values(), part["all"])
+        ]
+        lines += ["", f"**{title}**"]
+        lines += lines_of(
             (
-                method,
-                *(interval(of[method]["shift"]) for of in at),
-                f"{row['kl']:.2f}",
-                interval(row["lead"]),
-                "" if method == BEST else interval(asdict(Interval.of(shifts[BEST] - shifts[method]))),
-            )
-            for method, row in at[-1].items()
-        ),
-    )
+                "method", *(f"layer {layer}" for layer in layers), "all layers", "snmf is ahead", f"{BEST} is ahead",
+                *(("turned round",) if both_signs else ()),
+            ),
+            (
+                (
+                    method,
+                    *(interval(of[method]["shift"]) for of in at),
+                    interval(row["lead"]),
+                    "" if method == BEST else interval(asdict(Interval.of(shifts[BEST] - shifts[method]))),
+                    *(
+                        (f"{sum(pair['method'] == method for pair in turned)} of {row['n']}",)
+                        if both_signs
+                        else ()
+                    ),
+                )
+                for method, row in at[-1].items()
+            ),
+        )  # fmt: skip
+    return lines
 
 
 def table() -> str:
@@ -211,16 +218,20 @@ def table() -> str:
         "",
         "## Steering",
         "",
-        "Score (0 to 2, harmonic mean of concept and fluency) above that of unsteered text, on prompts that "
-        "nothing was chosen on. Each method puts forward its three best detectors, DiffMeans its one; of these, "
-        "and of the two signs, that is taken which raises the concept's words most. Chance is what the random "
-        "groups have, which are chosen in the same way. *Other*: the same texts as texts on other concepts.",
+        "Directions are added as they are, at divergences of the next-token distribution. Score (0 to 2, harmonic "
+        "mean of concept and fluency) above that of unsteered text, on prompts that nothing was chosen on. Each method "
+        "puts forward its three best detectors, DiffMeans its one, of which that is taken which raises the concept's "
+        "words most above words that were as likely, on the other prompts. Chance is what the random groups have, "
+        "which are chosen in the same way. *Other*: the same texts as texts on other concepts.",
         "",
-        "Next token: by how much the logits of the concept's words rise above those of words that were as likely,"
-        " under the same directions on the same prompts, by the divergence that was aimed at on the choosing "
-        "prompts. *KL*: that on these prompts. \\*: not reached for all pairs; then at the largest that was.",
+        "Next token: by how much the logits of the concept's words rise above those of words that were as likely, "
+        "under the same directions, at divergences that are solved for on the reporting prompts themselves. \\*: not "
+        "reached for all pairs; then at the largest that was.",
     ]
     for name in STEERING:
+        if not (HERE / f"{name}.json").is_file():
+            lines += ["", f"### {name}", "", "Not measured yet since directions are added as they are."]
+            continue
         found = report(name)
         lines += ["", f"### {name}", "", f"Steered to: {', '.join(found['concepts'])}.", *steering(found)]
         lines += ["", "**Next token, all layers**", *immediate(found["immediate"]["all"])]
@@ -228,9 +239,10 @@ def table() -> str:
         "",
         "## Next token, one direction for each method",
         "",
-        f"The same with the best detector alone, at {TARGET:g} nats aimed at, beside SNMF of neurons as they are "
-        "(raw), with the paper's step for Z throughout (norefit), and so with at most 10 features a token "
-        "(sparse).",
+        f"The same with the best detector alone, at {TARGET:g} nats, beside SNMF of neurons as they are (raw), with "
+        "the paper's step for Z throughout (norefit), and so with at most 10 features a token (sparse). A feature is y "
+        "≥ 0 times z: turned round it is another direction, and what choosing between the two brings is what random groups "
+        "gain by it.",
         *(line for name in OPTIONS for line in options(report(name))),
     ]
     return "\n".join(lines) + "\n"

@@ -383,7 +383,7 @@ def features(
     """Show what the features of a factorised run stand for.
 
     Each has its strongest tokens in context, the words that rise when it is added (→, measured at a divergence of 0.25
-    nats behind eight prompts), its neurons, and how much of the data it explains. The first call describes all
+    nats behind sixteen prompts), its neurons, and how much of the data it explains. The first call describes all
     features (which needs the model) and keeps them in DIR/layer_N/features.jsonl; what was measured is kept beside it.
     """
     import json

@@ -121,7 +121,7 @@ def _legend(screen: Console, opened: Run, layers: list[int]) -> None:
             "1.00 when all 12 sentences of that label come first; with shuffled labels the best feature of a layer has "
             f"{chance}, and below that no label is shown. On the right are the words around its strongest tokens, one "
             "from each sentence; three contexts; and after → the words that rise when the feature is added, above what "
-            "random groups of neurons raise (measured: at a divergence of 0.25 nats, behind 8 prompts).\n",
+            "random groups of neurons raise (measured: at a divergence of 0.25 nats, behind 16 prompts).\n",
             ("What to keep in mind. ", "bold"),
             "These layers were picked because they match these labels well, and the clearest features come first: most "
             f"are less clear, and so are most other layers. A token has {active} of the {K} features at once (L0), "

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import files
 from .dictionaries import random_group_vectors
-from .strengths import PROMPTS
+from .strengths import PROMPTS as OPENINGS
 from .word_meter import VocabularyMeter, solve_each, steer_to
 
 if TYPE_CHECKING:
@@ -33,8 +33,21 @@ if TYPE_CHECKING:
 _FORMAT, _VERSION = "snmf_interp.effects", 1
 # The divergence at which features are added, in nats: enough to be seen, and far from nonsense.
 KL = 0.25
+# Openings after which nearly anything may follow, those of strengths among them. In early layers what a feature does
+# depends on the prompt: of eight of these as much is found again behind the other eight as ``repeatability`` says.
+PROMPTS = (
+    *OPENINGS,
+    "She looked at the",
+    "It is often said that",
+    "The most important thing is",
+    "After a while,",
+    "There was once a",
+    "According to the",
+    "We need to talk about",
+    "He had never seen",
+)
 # Random groups whose effects say what any direction does.
-N_RANDOM = 24
+N_RANDOM = 16
 # Rank correlation with measured effects from which the logit lens is taken for what a feature does.
 AGREES = 0.3
 # Tokens listed at either end.
@@ -54,7 +67,9 @@ class WordEffects:
         strength: how strongly the feature was added, in units of activation along the unit direction.
         kl: the divergence there, in nats.
         reached: whether it is the wanted one within a tenth; else no strength reaches it.
-        lens_correlation: Spearman's rank correlation of the changes with the logit lens, over the vocabulary.
+        repeatability: Spearman's rank correlation, over the vocabulary, of the changes behind one half of the prompts
+            with those behind the other.
+        lens_correlation: likewise of the changes with the logit lens.
     """
 
     raised: tuple[tuple[str, float], ...]
@@ -62,6 +77,7 @@ class WordEffects:
     strength: float
     kl: float
     reached: bool
+    repeatability: float
     lens_correlation: float
 
     @classmethod
@@ -85,7 +101,9 @@ class Effects:
         strength: ``[m]`` float32, in units of activation.
         kl: the divergence at the nearest measurement, ``[m]`` float32.
         reached: whether the target was, ``[m]`` bool; else all is at the nearest.
-        lens_correlation: Spearman's rank correlation of ``change`` with the logit lens, ``[m]`` float32.
+        repeatability: Spearman's rank correlation, over the vocabulary, of the changes behind one half of the prompts
+            (every second one) with those behind the other, ``[m]`` float32.
+        lens_correlation: likewise of ``change`` with the logit lens, ``[m]`` float32.
         random_mean, random_deviation: of ``change`` over random groups of as many neurons, ``[vocabulary]`` float32.
         n_random: how many.
     """
@@ -98,6 +116,7 @@ class Effects:
     strength: Tensor
     kl: Tensor
     reached: Tensor
+    repeatability: Tensor
     lens_correlation: Tensor
     random_mean: Tensor
     random_deviation: Tensor
@@ -148,6 +167,7 @@ class Effects:
             float(self.strength[row]),
             float(self.kl[row]),
             bool(self.reached[row]),
+            float(self.repeatability[row]),
             float(self.lens_correlation[row]),
         )
 
@@ -158,7 +178,7 @@ class Effects:
         order = index.argsort()
         tables: dict[str, Any] = {
             name: torch.cat([getattr(self, name)[own], getattr(other, name)])[order]
-            for name in ("change", "strength", "kl", "reached", "lens_correlation")
+            for name in ("change", "strength", "kl", "reached", "repeatability", "lens_correlation")
         }
         return replace(other, index=index[order], **tables)
 
@@ -189,6 +209,7 @@ class Effects:
             "strength": self.strength,
             "kl": self.kl,
             "reached": self.reached,
+            "repeatability": self.repeatability,
             "lens_correlation": self.lens_correlation,
             "random_mean": self.random_mean,
             "random_deviation": self.random_deviation,
@@ -241,7 +262,7 @@ def measure_effects(
         factors: whose columns of Z are added.
         indices: which features; by default all.
         kl: the wanted divergence in nats, averaged over ``prompts``.
-        prompts: openings after which nearly anything may follow.
+        prompts: openings after which nearly anything may follow; at least two.
         n_random: random groups that are measured for comparison, see
             :func:`snmf_interp.dictionaries.random_group_vectors`.
         seed: of the random groups.
@@ -266,16 +287,20 @@ def measure_effects(
     index = torch.tensor([i for i in wanted if bool(Z[:, i].any())], dtype=torch.int64)
     random = random_group_vectors(factors, n_random, seed=seed)
     directions = torch.cat([random, Z[:, index].T])
-    meter = VocabularyMeter(model, layer, prompts, batch_size)
+    meter = VocabularyMeter(model, layer, prompts, batch_size, parts=2)
+    weights = torch.tensor([(len(prompts) + 1) // 2, len(prompts) // 2]) / len(prompts)
     # One search along the ladder; the others begin where it ended.
     ((first,),) = solve_each(meter, [directions[0]], (kl,), tolerance=0.1)
     rows = []
     for part in directions.split(_TOGETHER):
         steered = steer_to(meter, part, kl, first.strength or 1.0)
-        rows.append((steered.shifts.float(), steered.strength, steered.kl, steered.reached))
+        halves = steered.shifts.float().reshape(len(part), 2, -1)
+        change = (halves * weights[:, None]).sum(1)
+        repeats = _rank_correlation(halves[:, 0], halves[:, 1])
+        rows.append((change, repeats, steered.strength, steered.kl, steered.reached))
         if progress:
             progress(sum(len(row[1]) for row in rows), len(directions))
-    every, strength, divergence, reached = (torch.cat(column) for column in zip(*rows, strict=True))
+    every, repeats, strength, divergence, reached = (torch.cat(column) for column in zip(*rows, strict=True))
     by_chance, change = every.split([n_random, len(index)])
     lens = lens_logits(model, layer, Z[:, index])
     return Effects(
@@ -287,6 +312,7 @@ def measure_effects(
         strength=strength[n_random:].float(),
         kl=divergence[n_random:].float(),
         reached=reached[n_random:],
+        repeatability=repeats[n_random:],
         lens_correlation=_rank_correlation(lens, change),
         random_mean=by_chance.mean(0),
         random_deviation=by_chance.std(0),

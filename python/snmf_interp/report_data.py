@@ -316,6 +316,7 @@ def _effects(effects: WordEffects | None) -> dict[str, Any] | None:
         "kl": _short(effects.kl),
         "strength": _short(effects.strength),
         "reached": effects.reached,
+        "repeatability": _short(effects.repeatability),
         "lens_correlation": _short(effects.lens_correlation),
     }
 

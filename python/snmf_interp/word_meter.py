@@ -31,7 +31,7 @@ class Measured(NamedTuple):
 
     Attributes:
         kl: divergence from the unsteered model, ``[r]`` float64 nats.
-        shifts: the change of what the meter watches, ``[r, watched]`` float64: of each word its logit less the mean of
+        shifts: the change of what the meter watches, ``[r, width]`` float64: of each word its logit less the mean of
             its controls', or of each token its logit less the mean over the vocabulary.
         log_probability: of each word the change of its log-probability, ``[r, words]`` float64 nats; ``[r, 0]`` of a
             meter that watches no words.
@@ -51,17 +51,24 @@ class NextTokenMeter:
         model, layer: what is steered.
         prompts: texts, each behind the start token.
         batch_size: rows in a forward pass.
+        parts: in how many parts the prompts are averaged over, one after the other in turn; there is a shift for each.
 
     Attributes:
         typical_norm: the median norm of the layer's activations on the prompts.
+        width: entries of a shift: what is watched, for each part.
 
     Raises:
-        ValueError: no prompt, or a prompt without a token.
+        ValueError: fewer prompts than parts, or a prompt without a token.
     """
 
-    def __init__(self, model: LanguageModel, layer: int, prompts: Sequence[str], batch_size: int) -> None:
+    def __init__(
+        self, model: LanguageModel, layer: int, prompts: Sequence[str], batch_size: int, parts: int = 1
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
+        if len(prompts) < parts:
+            raise ValueError(f"prompts: wanted at least {parts}, got {len(prompts)}")
+        self.parts = parts
         self.model, self.layer, self.batch_size = model, layer, batch_size
         self.ids, self.mask, own = encode_prompts(model, prompts)
         with hooks.capture(model, [layer]) as captured:
@@ -72,6 +79,8 @@ class NextTokenMeter:
         self.probabilities = self.references.exp()
         self.negative_entropy = torch.special.xlogy(self.probabilities, self.probabilities).sum(-1)
         self.before = self._watched(logits)
+        self.width = self.parts * self.before.shape[1]
+        self._part_of = torch.arange(len(self.ids)) % self.parts
 
     def _watched(self, logits: Tensor) -> Tensor:
         """What is made of logits ``[b, vocabulary]``, ``[b, watched]``: its change is the shift."""
@@ -93,7 +102,8 @@ class NextTokenMeter:
         order = self.mask.sum(1).argsort(stable=True)
         prompt_of, row_of = order.repeat_interleave(count), torch.arange(count).repeat(n_prompts)
         kl = torch.zeros(count, dtype=torch.float64)
-        shifts = torch.zeros(count, self.before.shape[1], dtype=torch.float64)
+        shifts = torch.zeros(count * self.parts, self.before.shape[1], dtype=torch.float64)
+        sizes = self._part_of.bincount(minlength=self.parts)
         log_probability = torch.zeros(
             count, self._rise(self.references, torch.arange(n_prompts)).shape[1]
         ).double()
@@ -103,9 +113,10 @@ class NextTokenMeter:
             logits = self._logits(prompts, directions[rows], strengths[rows])
             kl.index_add_(0, rows, self._divergence(logits, prompts) / n_prompts)
             change = self._watched(logits) - self.before[prompts]
-            shifts.index_add_(0, rows, change.double() / n_prompts)
+            part = self._part_of[prompts]
+            shifts.index_add_(0, rows * self.parts + part, change.double() / sizes[part][:, None])
             log_probability.index_add_(0, rows, self._rise(logits, prompts).double() / n_prompts)
-        return Measured(kl, shifts, log_probability)
+        return Measured(kl, shifts.reshape(count, self.width), log_probability)
 
     def _logits(self, prompts: Tensor, directions: Tensor | None, strengths: Tensor | None) -> Tensor:
         """Of the next token ``[b, vocabulary]``, float32 on the CPU."""
@@ -293,7 +304,7 @@ def solve_each(
     limit = LAST * meter.typical_norm
     first = min(FIRST * meter.typical_norm, limit)
     searches = [Search(targets, first, limit, tolerance) for _ in directions]
-    silent = torch.zeros(meter.before.shape[1], dtype=torch.float64)
+    silent = torch.zeros(meter.width, dtype=torch.float64)
     seen = [{0.0: (silent, silent)} for _ in directions]
     while wanted := [(i, alpha) for i, search in enumerate(searches) for alpha in search.proposals()]:
         rows = torch.stack([directions[i] for i, _ in wanted])
@@ -345,7 +356,7 @@ def steer_to(meter: NextTokenMeter, directions: Tensor, kl: float, start: float)
     alphas = torch.full((count,), start)
     roots = [torch.zeros(count, dtype=torch.float64)]
     strengths = [torch.zeros(count)]
-    shifts = [torch.zeros(count, meter.before.shape[1], dtype=torch.float64)]
+    shifts = [torch.zeros(count, meter.width, dtype=torch.float64)]
     open_rows = torch.arange(count)
     for _ in range(_PASSES):
         divergence, change, _ = meter.measure(directions[open_rows], alphas[open_rows])

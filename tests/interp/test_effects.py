@@ -36,17 +36,19 @@ def effects(model: LanguageModel, factors: snmf_kernels.Factorization) -> Effect
     return measure_effects(model, 1, factors, kl=0.02, prompts=PROMPTS, n_random=6)
 
 
-def naive(model: LanguageModel, z: Tensor, alpha: float) -> tuple[float, Tensor]:
+def naive(
+    model: LanguageModel, z: Tensor, alpha: float, prompts: tuple[str, ...] = PROMPTS
+) -> tuple[float, Tensor]:
     """Divergence and centred changes of logits, a prompt at a time, in double precision."""
     kl, change = 0.0, torch.zeros(())
-    for prompt in PROMPTS:
+    for prompt in prompts:
         ids = torch.tensor([model.encode(prompt)])
         before = hooks.forward(model, ids, torch.ones_like(ids)).logits[0, -1].double()
         with steer(model, {1: z}, strength=alpha):
             after = hooks.forward(model, ids, torch.ones_like(ids)).logits[0, -1].double()
         p, q = before.log_softmax(-1), after.log_softmax(-1)
-        kl += float((p.exp() * (p - q)).sum()) / len(PROMPTS)
-        change = change + ((after - after.mean()) - (before - before.mean())) / len(PROMPTS)
+        kl += float((p.exp() * (p - q)).sum()) / len(prompts)
+        change = change + ((after - after.mean()) - (before - before.mean())) / len(prompts)
     return kl, change
 
 
@@ -66,6 +68,20 @@ def test_against_single_passes(
         # Interpolated to the divergence from a measurement within a tenth of it, so by at most about a twentieth.
         assert float((effects.change[row] - change).norm() / change.norm()) < 0.08
         assert float(effects.change[row].double().mean()) == pytest.approx(0, abs=1e-5)
+
+
+def test_repeatability_is_that_of_two_halves(
+    model: LanguageModel, factors: snmf_kernels.Factorization, effects: Effects
+) -> None:
+    """Of every second prompt and the others, at the same strengths."""
+    from scipy.stats import spearmanr
+
+    Z = torch.as_tensor(factors.Z)
+    for row in range(4):
+        halves = [naive(model, Z[:, row], float(effects.strength[row]), PROMPTS[at::2])[1] for at in (0, 1)]
+        expected = spearmanr(*(half.numpy() for half in halves)).statistic
+        assert float(effects.repeatability[row]) == pytest.approx(expected, abs=0.1)
+        assert effects.words(model, row).repeatability == float(effects.repeatability[row])
 
 
 def test_the_lens_is_compared(
@@ -135,7 +151,7 @@ def test_dead_features_are_left_out(model: LanguageModel, factors: snmf_kernels.
         ({"kl": 0.0}, "kl: wanted a divergence above 0"),
         ({"n_random": 1}, "n_random: wanted at least 2"),
         ({"indices": [4]}, "there are features 0-3, got 4"),
-        ({"prompts": ()}, "prompts: wanted a list of at least one"),
+        ({"prompts": ("the",)}, "prompts: wanted at least 2"),
     ],
 )
 def test_bad_arguments(

@@ -221,7 +221,7 @@ class TestWords:
         )
         assert (label.text, label.clear) == ("Monday, dog, rain", False)
         # What was measured comes before the lens, which says nothing where it disagrees with measurements.
-        effects = WordEffects(((" wasp", 0.7), (" of", 0.6)), (), 1.0, 0.25, True, 0.05)
+        effects = WordEffects(((" wasp", 0.7), (" of", 0.6)), (), 1.0, 0.25, True, 0.5, 0.05)
         measured = feature([], distinctive=lists, effects=effects, lens_agreement=0.05)
         assert [(w.text, w.z) for w in output_words(measured, count_words(CORPUS))] == [("wasp", 0.7)]
         wrong = feature([], distinctive=lists, lens_agreement=0.05)

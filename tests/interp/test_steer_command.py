@@ -182,7 +182,7 @@ def test_text_of_a_model_is_not_markup(
 def test_own_words_are_marked(make_model: Maker, run: Path) -> None:
     feature = Run.open(run).features(1, lambda: Run.open(run).load_model(device="cpu"))[0]
     words = ["Monday"]
-    effects = WordEffects(((" Monday", 1.0), (" with", 0.9), (" of", 0.8)), (), 1.0, 0.25, True, 0.5)
+    effects = WordEffects(((" Monday", 1.0), (" with", 0.9), (" of", 0.8)), (), 1.0, 0.25, True, 0.5, 0.5)
     feature = replace(feature, tokens=(), effects=effects)
     own = steer_command._own_words(feature)
     assert own is not None

@@ -350,6 +350,6 @@ def test_description_of_a_feature() -> None:
     )
     assert Description.of(dataclasses.replace(feature, concept=None)).precision is None
     # A logit lens that disagrees with what was measured is left out.
-    effects = WordEffects(((" wasp", 1.0),), (), 1.0, 0.25, True, 0.1)
+    effects = WordEffects(((" wasp", 1.0),), (), 1.0, 0.25, True, 0.5, 0.1)
     measured = dataclasses.replace(feature, effects=effects, lens_agreement=0.1)
     assert (Description.of(measured).raised, Description.of(measured).lens) == ((" wasp",), ())

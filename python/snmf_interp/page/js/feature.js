@@ -147,7 +147,7 @@ function effectSection(feature) {
   if (!effects) {
     return section("Effect on the next word", null, h("p", { class: "none" }, "not measured yet: snmf features --effects"));
   }
-  const at = `measured: added at ${effects.kl.toPrecision(2)} nats${effects.reached ? "" : ", the most there is"}, beyond what random groups do`;
+  const at = `measured: added at ${effects.kl.toPrecision(2)} nats${effects.reached ? "" : ", the most there is"}, beyond what random groups do; repeats ${effects.repeatability.toFixed(2)} on other prompts`;
   return section(
     "Effect on the next word",
     at,
