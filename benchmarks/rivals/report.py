@@ -241,8 +241,8 @@ def table() -> str:
         "",
         f"The same with the best detector alone, at {TARGET:g} nats, beside SNMF of neurons as they are (raw), with "
         "the paper's step for Z throughout (norefit), and so with at most 10 features a token (sparse). A feature is y "
-        "≥ 0 times z: turned round it is another direction, and what choosing between the two brings is what random groups "
-        "gain by it.",
+        "≥ 0 times z: turned round it is another direction, and what choosing between the two brings is what random "
+        "groups gain by it.",
         *(line for name in OPTIONS for line in options(report(name))),
     ]
     return "\n".join(lines) + "\n"

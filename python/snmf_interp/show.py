@@ -91,10 +91,11 @@ def table_notes(features: Sequence[Feature], mean_active: float, model: str) -> 
     measured = [feature.effects for feature in features if feature.effects is not None]
     agreement = features[0].lens_agreement if features else None
     if measured:
+        repeats = _median([one.repeatability for one in measured])
         notes.append(
             f"→: measured, with the feature added at a divergence of {KL:g} nats, behind {len(PROMPTS)} prompts; words "
             "that rise above what random groups of neurons raise. Behind one half of the prompts and behind the other "
-            f"the changes agree by a rank correlation of {_median([one.repeatability for one in measured]):.2f} (median)."
+            f"the changes agree by a rank correlation of {repeats:.2f} (median)."
         )
     if len(measured) < len(features) and agreement is not None:
         verdict = "tells" if agreement >= AGREES else "does not tell"
