@@ -77,9 +77,12 @@ def _main_options(
 ) -> None:
     global _debug
     _debug = debug
-    handler = RichHandler(
+    handler: logging.Handler = RichHandler(
         console=terminal.errors(), show_time=False, show_path=False, show_level=debug, rich_tracebacks=False
     )
+    if not terminal.errors().is_terminal:
+        # A message stays on its line, whose end nobody sees.
+        handler = logging.StreamHandler(sys.stderr)
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.WARNING,
         format="%(message)s",
