@@ -313,7 +313,8 @@ def concept_detection_score(activating: Tensor, neutral: Tensor, *, eps: float =
     Source: Shafran, Geiger & Geva (arXiv:2506.10920), where both are a feature's scores of sentences (the
     largest over tokens) that an LLM wrote to activate it and not to. eps is ours. Where a mean is near 0, as
     those of non-negative coefficients often are, it decides the value but not the sign: rather count values
-    above 0, as the paper does, than average them.
+    above 0, as the paper does, than average them. That count is uninformative without a control: random groups of
+    neurons, chosen as features are, have a value above 0 for 58 to 85 % of the bundled concepts.
 
     Args:
         activating: scores of the activating texts, ``[..., m1]``.

@@ -2,10 +2,11 @@
 
     written = write_sentences(labels, llm)              # 5 that should activate each feature, 5 that should not
     result = detect_sentences(factors, model, layer, written)
-    result.share_above_zero, result.interval
+    result.share_above_zero, result.interval, result.random_above_zero
 
 Source: Shafran, Geiger & Geva (arXiv:2506.10920). A label that is wrong, sentences that miss it and a feature
-that does not detect it all lower the score: it judges label and feature together.
+that does not detect it all lower the score: it judges label and feature together. A score above 0 is uninformative
+by itself: many random groups of neurons reach it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from . import prompts
 from .activations import collect
 from .answers import Request, ask_json
 from .concepts import text_scores
-from .dictionaries import features
+from .dictionaries import features, random_groups
 from .equal_texts import text_key
 from .evaluation import concept_detection_score
 from .texts import Sample
@@ -59,10 +60,12 @@ class SentenceDetection:
         index: the features, ``[m]`` int64.
         scores: their S_CD, ``[m]`` float64 (:func:`snmf_interp.evaluation.concept_detection_score`).
         share_above_zero: the share of features with S_CD above 0, NaN without features. A feature that is silent
-            on all sentences has 0, and is not above it.
+            on all sentences has 0, and is not above it. Uninformative without ``random_above_zero`` beside it.
         interval: of that share, Wilson's, which takes features as independent; (NaN, NaN) without features.
         confidence: of the interval.
         missing: the share of labels for which no usable sentences came.
+        random_above_zero: the share with S_CD above 0 where each feature is replaced by a random group of as many
+            neurons (:func:`snmf_interp.dictionaries.random_groups`), scored by cosines; NaN without features.
     """
 
     index: Tensor
@@ -71,6 +74,7 @@ class SentenceDetection:
     interval: tuple[float, float]
     confidence: float
     missing: float
+    random_above_zero: float
 
 
 def write_sentences(labels: Sequence[Label], llm: ChatModel, *, count: int = 5) -> list[Sentences]:
@@ -125,6 +129,7 @@ def detect_sentences(
     eps: float = 1e-6,
     confidence: float = 0.95,
     batch_size: int = 16,
+    seed: int = 0,
 ) -> SentenceDetection:
     """Run the model over the sentences and score each feature on its own.
 
@@ -139,6 +144,7 @@ def detect_sentences(
         eps: see :func:`snmf_interp.evaluation.concept_detection_score`; in units of the scores.
         confidence: of the interval.
         batch_size: sentences per forward pass.
+        seed: of the random groups.
 
     Raises:
         ValueError: no sentence is of this layer, a feature's index or the factors do not fit, or ``scoring`` is
@@ -161,16 +167,36 @@ def detect_sentences(
     index = torch.tensor([entry.index for entry in written], dtype=torch.int64)
     if not written:
         nothing = torch.empty(0, dtype=torch.float64)
-        return SentenceDetection(index, nothing, float("nan"), (float("nan"),) * 2, confidence, missing)
+        return SentenceDetection(
+            index, nothing, float("nan"), (float("nan"),) * 2, confidence, missing, float("nan")
+        )
     texts = [text for entry in written for text in (*entry.activating, *entry.neutral)]
     store = collect(model, [Sample(str(i), text) for i, text in enumerate(texts)], layer,
                     batch_size=batch_size, progress=False)  # fmt: skip
     A = store.layer(layer).float().T
+    text_of = store.samples(layer)
     if scoring == "encode":
         coefficients = torch.as_tensor(factors.encode(A).Y).cpu()
-        by_text = text_scores(coefficients, store.samples(layer), len(texts))
+        by_text = text_scores(coefficients, text_of, len(texts))
     else:
-        by_text = features(factors).scores(A.T, store.samples(layer), len(texts))
+        by_text = features(factors).scores(A.T, text_of, len(texts))
+    values = _score(by_text, written, eps)
+    chance = _score(random_groups(factors, seed=seed).scores(A.T, text_of, len(texts)), written, eps)
+    above = int((values > 0).sum())
+    interval = binomtest(above, len(values)).proportion_ci(confidence, method="wilson")
+    return SentenceDetection(
+        index,
+        values,
+        above / len(values),
+        (float(interval.low), float(interval.high)),
+        confidence,
+        missing,
+        float((chance > 0).double().mean()),
+    )
+
+
+def _score(by_text: Tensor, written: Sequence[Sentences], eps: float) -> Tensor:
+    """S_CD of each entry's direction, ``[m]``, from scores ``[directions, texts]`` of all sentences in turn."""
     scores, first = [], 0
     for entry in written:
         middle = first + len(entry.activating)
@@ -178,9 +204,4 @@ def detect_sentences(
         row = by_text[entry.index]
         scores.append(concept_detection_score(row[first:middle], row[middle:end], eps=eps))
         first = end
-    values = torch.stack(scores)
-    above = int((values > 0).sum())
-    interval = binomtest(above, len(values)).proportion_ci(confidence, method="wilson")
-    return SentenceDetection(
-        index, values, above / len(values), (float(interval.low), float(interval.high)), confidence, missing
-    )
+    return torch.stack(scores)

@@ -12,6 +12,7 @@ import torch
 
 from snmf_interp import LanguageModel, collect
 from snmf_interp.answers import Answer, Request
+from snmf_interp.dictionaries import random_groups
 from snmf_interp.evaluation import concept_detection_score
 from snmf_interp.intervals import bootstrap_mean
 from snmf_interp.judging import KINDS, Judgement, gold_set, judge, parse_score, qualify
@@ -260,6 +261,18 @@ class TestDetection:
         result = detect_sentences(factors, model, 1, [self.DAYS], scoring="cosine")
         assert float(result.scores) == pytest.approx(float(wanted), rel=1e-5)
 
+    def test_random_groups_meet_the_same_sentences(self, planted: tuple[LanguageModel, Factors]) -> None:
+        model, factors = planted
+        entries = [Sentences(1, i, "days", self.DAYS.activating, self.DAYS.neutral) for i in range(3)]
+        shares = set()
+        for seed in range(6):
+            groups = Factors(random_groups(factors, seed=seed).vectors.T)  # type: ignore[arg-type]
+            wanted = detect_sentences(groups, model, 1, entries, scoring="cosine").share_above_zero
+            result = detect_sentences(factors, model, 1, entries, seed=seed)
+            assert result.random_above_zero == pytest.approx(wanted)
+            shares.add(wanted)
+        assert len(shares) > 1
+
     def test_swapped_sentences_change_the_sign(self, planted: tuple[LanguageModel, Factors]) -> None:
         model, factors = planted
         swapped = Sentences(1, 0, "days", self.DAYS.neutral, self.DAYS.activating)
@@ -274,6 +287,7 @@ class TestDetection:
         assert result.missing == 1
         assert len(result.scores) == 0
         assert result.share_above_zero != result.share_above_zero
+        assert result.random_above_zero != result.random_above_zero
 
     def test_arguments(self, planted: tuple[LanguageModel, Factors]) -> None:
         model, factors = planted
