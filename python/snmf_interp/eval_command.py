@@ -6,7 +6,7 @@ import json
 import random
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -202,7 +202,7 @@ def evaluate(
     screen = terminal.console()
     llm = llm_options.chosen(opened.answers, judge, base_url, local, concurrency, timeout, parameter, device)
     scorers, qualification = _scorers(trial, llm) if wanted and not next_token else ([], None)
-    detection = _detect(screen, trial, chosen, quiet=as_json)
+    detection = _detect(screen, trial, chosen, 1, quiet=as_json)
     records = _steer(trial, chosen, scorers, wanted, both_signs)
     with terminal.waiting("reading the next token under each direction"):
         effects = trial.immediate(records)
@@ -223,6 +223,7 @@ def evaluate(
             "scorers": {scorer.name: scorer.identity for scorer in scorers},
             "qualification": None if qualification is None else asdict(qualification),
             "versions": versions(),
+            "notes": _notes(detection, seed),
         },
     )
     files.write_json(trial.folder / "report.json", report)
@@ -255,6 +256,13 @@ def detect(
     sae: SaeOption = None,
     neuron_scale: NeuronScaleOption = None,
     seed: Annotated[int, typer.Option(help="Of the division of texts and the fits.")] = 0,
+    repeats: Annotated[
+        int,
+        typer.Option(
+            help="Divisions of the texts, each with its own starts of the fits, by this seed and the next ones. "
+            "Intervals of 1 are over concepts alone."
+        ),
+    ] = 5,
     model: LlmOption = None,
     base_url: BaseUrlOption = None,
     local: LocalOption = None,
@@ -272,7 +280,10 @@ def detect(
     """Say how well features detect concepts in texts that they were not fitted on, beside other methods and chance.
 
     Features are fitted on half of the run's labelled texts, each concept is matched to its best feature there, and
-    scored on the other half: against all other texts, and against those that share its words.
+    scored on the other half: against all other texts, and against those that share its words. This is repeated with
+    other divisions of the texts and other starts of the fits, the same for all methods; intervals are over concepts and
+    repetitions. What is finished is kept in DIR/eval: the same command goes on where it was stopped, and more --repeats
+    add to what is there.
 
     With --model, --base-url or --local also as in the paper: a language model names the features of the run's own
     fit, writes five sentences that should activate each and five that should not, and each feature must tell them.
@@ -285,6 +296,8 @@ def detect(
     chosen = opened.parse_layers(layers)
     if top < 1:
         raise ValueError(f"--top: wanted at least 1, got {top}")
+    if repeats < 1:
+        raise ValueError(f"--repeats: wanted at least 1, got {repeats}")
     if model is not None or base_url is not None or local is not None:
         # Before anything is fitted with options that may not be those of the fit to come.
         _check_fitted(opened, chosen)
@@ -295,12 +308,14 @@ def detect(
     trial = Trial.open(opened, loaded, plan, steering=False, overwrite=overwrite)
     screen = terminal.console()
     llm = llm_options.chosen(opened.answers, model, base_url, local, concurrency, timeout, parameter, device)
-    detection = _detect(screen, trial, chosen, quiet=as_json)
+    detection = _detect(screen, trial, chosen, repeats, quiet=as_json)
     written = _written(opened, loaded, chosen, llm, top) if llm is not None else {}
     if as_json:
         content = {
+            "seeds": [seed + number for number in range(repeats)],
             "layers": {str(number): [asdict(row) for row in rows] for number, rows in detection.items()},
             "sentences": {str(number): row for number, row in written.items()},
+            "notes": _notes(detection, seed),
         }
         typer.echo(json.dumps(files.finite(content), ensure_ascii=False))
         return
@@ -415,17 +430,34 @@ def _scorers(trial: Trial, llm: Any) -> tuple[list[Scorer], Qualification | None
 
 
 def _detect(
-    screen: Console, trial: Trial, layers: Sequence[int], *, quiet: bool
+    screen: Console, trial: Trial, layers: Sequence[int], repeats: int, *, quiet: bool
 ) -> dict[int, list[DetectionSummary]]:
     from .detecting import summarise
 
     found = {}
     for layer in layers:
-        with terminal.waiting(f"layer {layer}: fitting and detecting"):
-            found[layer] = summarise(trial.detect(layer))
+        rows = []
+        with terminal.waiting(f"layer {layer}: fitting and detecting") as say:
+            for number in range(repeats):
+                if number:
+                    say(f"layer {layer}: fitting and detecting, repetition {number + 1} of {repeats}")
+                # The fits of a repetition go with it.
+                rows.append(trial.repetition(number).detect(layer))
+        found[layer] = summarise(*rows)
         if not quiet:
             trial_tables.show_detection(screen, trial, layer, found[layer])
     return found
+
+
+def _notes(detection: Mapping[int, Sequence[DetectionSummary]], seed: int) -> dict[str, Any]:
+    """What a reader of the numbers of detection must know, for JSON."""
+    from .detecting import detected_note, interval_note
+
+    repeats = len(next(iter(detection.values()))[0].repetitions)
+    return {
+        "intervals": interval_note(range(seed, seed + repeats)),
+        "detected": {str(layer): detected_note(rows) for layer, rows in detection.items()},
+    }
 
 
 def _steer(
@@ -481,6 +513,7 @@ def _written(
             "features": len(result.index),
             "share_above_zero": result.share_above_zero,
             "interval": list(result.interval),
+            "random_above_zero": result.random_above_zero,
             "scores": dict(zip(map(str, result.index.tolist()), result.scores.tolist(), strict=True)),
             "sentences": [asdict(one) for one in sentences],
         }

@@ -2,6 +2,7 @@
 
     trial = Trial.open(run, model, Plan(k=100, against=("diffmeans", "sae", "neuron", "random")))
     trial.detect(12)                                  # [ConceptDetection], the first is SNMF's
+    trial.repetition(1).detect(12)                    # the same with another division of the texts and other starts
     for record in trial.steer(12, scorers, ("weather", "physics")):
         ...
 
@@ -17,6 +18,7 @@ in ``DIR/eval`` and is not done again:
     layer_6/steering/METHOD/CONCEPT.json
     layer_6/immediate/METHOD/CONCEPT.json
     layer_6/steering-both-signs/METHOD/CONCEPT.json        likewise immediate-both-signs
+    seed-1/layer_6/...               fits and detection of repetition 1, whose seed is one more than the plan's
 """
 
 from __future__ import annotations
@@ -73,6 +75,8 @@ _ACTIVE_SHARES = (0.02, 0.05, 0.1, 0.3)
 # Best detectors that are kept for each concept, as candidates for steering.
 _MATCHES = 20
 _WORDS = "concept_words.json"
+# Of how the numbers in detection.json are computed; those of another version are computed again.
+_DETECTION_VERSION = "1"
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,24 @@ class Plan:
             raise ValueError(f"against: wanted some of {', '.join(RIVALS)}, got {unknown[0]!r}")
         if len(set(self.against)) < len(self.against):
             raise ValueError(f"against: wanted each rival once, got {', '.join(self.against)}")
+
+
+@dataclass
+class _Detections:
+    """What detection keeps of a layer, by method."""
+
+    rows: dict[str, ConceptDetection] = field(default_factory=dict)
+    made_by: dict[str, dict[str, Any]] = field(default_factory=dict)
+    matches: dict[str, Any] = field(default_factory=dict)
+
+    def has(self, name: str, rival: Dictionary) -> bool:
+        """Whether there is a row of this name, and of the directions that the rival has now."""
+        row = self.rows.get(name)
+        return (
+            row is not None
+            and int(row.detection.feature.max()) < rival.size
+            and self.made_by.get(name) == _made_by(rival, row)
+        )
 
 
 class Trial:
@@ -154,6 +176,23 @@ class Trial:
         open_plan(folder, wanted, overwrite=overwrite)
         return cls(run, model, plan, folder)
 
+    def repetition(self, number: int) -> Trial:
+        """The same comparison with the plan's seed plus ``number``: another division of the texts, other starts.
+
+        It is kept apart, and is for detection: only repetition 0, which is this one, steers.
+
+        Raises:
+            ValueError: ``number`` is below 0.
+        """
+        if number < 0:
+            raise ValueError(f"number: wanted at least 0, got {number}")
+        if not number:
+            return self
+        seed = self.plan.seed + number
+        found = Trial(self.run, self.model, replace(self.plan, seed=seed), self.folder / f"seed-{seed}")
+        found.texts = self.texts
+        return found
+
     @cached_property
     def labels(self) -> list[str | None]:
         """The label of each text."""
@@ -184,6 +223,10 @@ class Trial:
         found = concept_words(self.texts, self.labels, self.train)
         return {name: words for name, words in found.items() if len(words) >= 3}
 
+    @cached_property
+    def _hard(self) -> dict[str, Tensor]:
+        return hard_negatives(self.texts, self.labels, self.train)
+
     def rivals(self, layer: int) -> list[Dictionary]:
         """SNMF and the plan's rivals, made on the training texts, in the plan's order."""
         if layer in self._rivals:
@@ -213,37 +256,39 @@ class Trial:
         return found
 
     def detect(self, layer: int) -> list[ConceptDetection]:
-        """How each method detects the concepts of the held-out texts; SNMF first, ``permuted`` last."""
+        """How each method detects the concepts of the held-out texts; SNMF first, ``permuted`` last.
+
+        What was found before of the same directions is read, not computed again.
+        """
         store = self.run.store()
         activations, text_of = store.layer(layer), store.samples(layer)
-        hard = hard_negatives(self.texts, self.labels, self.train)
-        rows, matches = [], {}
-        for rival in self.rivals(layer):
-            scores = rival.scores(activations, text_of, len(self.labels))
-            rows.append(
-                detect_concepts(rival, activations, text_of, self.labels, self.train, hard, scores=scores)
-            )
-            matches[rival.name] = self._best(rival, scores)
-            if rival.name == "snmf" and "permuted" in self.plan.against:
-                shuffled = shuffle_labels(self.labels, self.train, seed=self.plan.seed)
-                control = detect_concepts(
-                    rival, activations, text_of, shuffled, self.train,
-                    hard_negatives(self.texts, shuffled, self.train), scores=scores,
-                )  # fmt: skip
-                permuted = ConceptDetection(
-                    "permuted", control.size, control.detection, control.hard_auroc, control.s_cd
-                )
-        if "permuted" in self.plan.against:
-            rows.append(permuted)
         folder = self.folder / f"layer_{layer}"
-        path = folder / "matches.json"
-        methods = {row.method: row.by_concept() for row in rows}
-        content = {"format": FORMAT, "versions": versions(), "eps": EPS, "methods": methods}
-        with files.keeping("detections", self.run.path), files.locked(folder):
-            there = files.read_versioned(path, FORMAT)["matches"] if path.is_file() else {}
-            files.write_json(path, {"format": FORMAT, "matches": there | matches})
-            files.write_json(folder / "detection.json", files.finite(content))
-        return rows
+        kept = _read_detections(folder)
+        rows: dict[str, ConceptDetection] = {}
+        found = _Detections()
+        for rival in self.rivals(layer):
+            names = [rival.name]
+            if rival.name == "snmf" and "permuted" in self.plan.against:
+                names.append("permuted")
+            if rival.name in kept.matches and all(kept.has(name, rival) for name in names):
+                rows |= {name: kept.rows[name] for name in names}
+                continue
+            scores = rival.scores(activations, text_of, len(self.labels))
+            found.matches[rival.name] = self._best(rival, scores)
+            for name in names:
+                labels, hard = self.labels, self._hard
+                if name == "permuted":
+                    labels = shuffle_labels(self.labels, self.train, seed=self.plan.seed)
+                    hard = hard_negatives(self.texts, labels, self.train)
+                row = detect_concepts(rival, activations, text_of, labels, self.train, hard, scores=scores)
+                rows[name] = found.rows[name] = replace(row, method=name)
+                found.made_by[name] = _made_by(rival, row)
+        if found.rows:
+            with files.keeping("detections", self.run.path), files.locked(folder):
+                _write_detections(folder, found)
+        if "permuted" in rows:
+            rows["permuted"] = rows.pop("permuted")
+        return list(rows.values())
 
     def steer(
         self,
@@ -436,6 +481,51 @@ class Trial:
                 best = value, rival
         assert best is not None  # there is at least one sparsity
         return best[1]
+
+
+def _made_by(rival: Dictionary, row: ConceptDetection) -> dict[str, Any]:
+    chosen = torch.stack([rival.direction(index) for index in row.detection.feature.tolist()])
+    return {
+        "version": _DETECTION_VERSION,
+        "choices": row.size,
+        "directions": direction_digest(chosen),
+    }
+
+
+def _read_detections(folder: Path) -> _Detections:
+    """What is kept of a layer; nothing where a file is damaged, so that it is made again."""
+    path, matches = folder / "detection.json", folder / "matches.json"
+    found = _Detections()
+    try:
+        if matches.is_file():
+            found.matches = files.read_versioned(matches, FORMAT)["matches"]
+        if path.is_file():
+            content = files.read_versioned(path, FORMAT)
+            # Earlier versions did not say of which directions they are.
+            found.made_by = content.get("made_by", {})
+            found.rows = {
+                name: ConceptDetection.from_concepts(name, made_by["choices"], content["methods"][name])
+                for name, made_by in found.made_by.items()
+            }
+    except ValueError as error:
+        logger.warning("concepts are detected again: %s", error)
+        return _Detections()
+    return found
+
+
+def _write_detections(folder: Path, found: _Detections) -> None:
+    """Add methods to those that are kept."""
+    there = _read_detections(folder)
+    files.write_json(folder / "matches.json", {"format": FORMAT, "matches": there.matches | found.matches})
+    rows = there.rows | found.rows
+    content = {
+        "format": FORMAT,
+        "versions": versions(),
+        "eps": EPS,
+        "made_by": there.made_by | found.made_by,
+        "methods": {name: row.by_concept() for name, row in rows.items()},
+    }
+    files.write_json(folder / "detection.json", content)
 
 
 def bundled_words() -> dict[str, tuple[str, ...]]:

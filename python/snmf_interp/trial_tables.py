@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -19,16 +20,17 @@ if TYPE_CHECKING:
 
 
 def show_detection(screen: Console, trial: Trial, layer: int, rows: Sequence[DetectionSummary]) -> None:
-    held_out = sum(
-        label is not None and not chosen
-        for label, chosen in zip(trial.labels, trial.train.tolist(), strict=True)
-    )
+    from .detecting import detected_note, interval_note
+
+    seeds = [trial.plan.seed + number for number in range(len(rows[0].repetitions))]
+    counts = sorted({_held_out(trial.repetition(number)) for number in range(len(seeds))})
+    held_out = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
     equal = trial.run.store().corpus.n_equal
     together = f" ({equal} of all texts equal one before and are on its side)" if equal else ""
     screen.print(Text(f"\nDetection at layer {layer}\n", style="bold"))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("method, choices", no_wrap=True)
-    for name in ("AUROC", "hard AUROC", "probe", "S_CD > 0", f"{rows[0].method} is ahead"):
+    for name in ("AUROC", "hard AUROC", "probe", "S_CD > 0*", f"{rows[0].method} is ahead"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -36,19 +38,32 @@ def show_detection(screen: Console, trial: Trial, layer: int, rows: Sequence[Det
             _interval(row.auroc),
             _interval(row.hard_auroc),
             _interval(row.probe_accuracy),
-            f"{row.detected.value:.0%}",
+            Text(f"{row.detected.value:.0%}", style="dim"),
             _lead(row.lead),
         )
     screen.print(table)
+    moves = f"; {_moves(rows[0])}" if len(seeds) > 1 else ""
     screen.print(
         Text(
-            f"means over concepts, 95 % intervals over them; {held_out} held-out texts{together}. AUROC and "
-            "probe: 0.5 is chance. Hard: against the texts of other concepts that share most words, which are longer: "
-            "chance is what permuted labels have. Choices: directions among which each concept takes its best on the "
-            "training texts",
+            f"{interval_note(seeds)}{moves}. {held_out} held-out texts{together}. AUROC and probe: 0.5 is chance. "
+            "Hard: against the texts of other concepts that share most words, which are longer: chance is what "
+            "permuted labels have. Choices: directions among which each concept takes its best on the training texts. "
+            f"* {detected_note(rows)}",
             style="dim",
         )
     )
+
+
+def _held_out(trial: Trial) -> int:
+    return sum(
+        label is not None and not chosen
+        for label, chosen in zip(trial.labels, trial.train.tolist(), strict=True)
+    )
+
+
+def _moves(row: DetectionSummary) -> str:
+    """By how much a mean over concepts differs between repetitions."""
+    return f"the mean AUROC of {row.method} has a standard deviation of {stdev(row.repetitions):.3f} between them"
 
 
 def show_steering(screen: Console, title: str, records: Sequence[SteeringRecord], scorer: str) -> None:
@@ -155,7 +170,11 @@ def show_sentences(screen: Console, layer: int, row: Mapping[str, Any]) -> None:
     )
     low, high = row["interval"]
     if row["features"]:
-        found = f"S_CD is above 0 for {row['share_above_zero']:.0%} (95 % interval {low:.0%} to {high:.0%})"
+        found = (
+            f"S_CD is above 0 for {row['share_above_zero']:.0%} (95 % interval {low:.0%} to {high:.0%}; random groups "
+            f"of as many neurons, in place of the features: {row['random_above_zero']:.0%}), which is uninformative: "
+            "it says how many are above 0, not by how much, and random groups are for most labelled concepts too"
+        )
     else:
         found = "S_CD could not be measured for any"
     left_out = (

@@ -50,6 +50,7 @@ def run(folder: Path) -> Path:
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "Detection at layer 0" in result.stdout
+    assert "intervals are over concepts alone" in " ".join(result.stdout.split())
     assert "Steering at layer 0, scored by words" in result.stdout
     assert "2 pairs of concept and layer" in result.stdout
     assert "Next token under the same directions" in result.stdout
@@ -349,8 +350,63 @@ class TestDetect:
         for name in ("snmf", "diffmeans", "neuron", "random", "permuted", "hard AUROC"):
             assert name in result.stdout
         found = json.loads(snmf("detect", run, "--k", 12, "--json").stdout)
-        assert found["layers"]["0"][0]["auroc"]["value"] > 0.6
+        rows = {row["method"]: row for row in found["layers"]["0"]}
+        assert rows["snmf"]["auroc"]["value"] > 0.6
         assert found["sentences"] == {}
+        assert found["seeds"] == [0, 1, 2, 3, 4]
+        assert {len(row["repetitions"]) for row in rows.values()} == {5}
+        for row in rows.values():
+            means = [row["concepts"][name]["auroc"] for name in sorted(CONCEPTS)]
+            assert sum(means) / len(means) == pytest.approx(row["auroc"]["value"])
+        # What says little is marked, with what chance reaches of it.
+        chance = f"random groups of neurons pass it for {rows['random']['detected']['value']:.0%} of the concepts here"
+        for text in (result.stdout, found["notes"]["detected"]["0"]):
+            assert f"uninformative: {chance}" in " ".join(text.split())
+        for text in (result.stdout, found["notes"]["intervals"]):
+            assert "concepts and 5 divisions of the texts" in " ".join(text.split())
+
+    def test_one_repetition(self, folder: Path, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        snmf("collect", folder / "model", folder / "texts.json", "--layers", "0", "--out", run)
+        result = snmf("detect", run, "--k", 12, "--repeats", 1, "--against", "diffmeans")
+        assert result.exit_code == 0, result.output
+        text = " ".join(result.stdout.split())
+        assert "95 % intervals are over concepts alone" in text
+        assert "uninformative: random groups of neurons pass it for 58 to 85 %" in text
+        assert not list((run / "eval").glob("seed-*"))
+        wrong = snmf("detect", run, "--k", 12, "--repeats", 0)
+        assert wrong.exit_code == 2
+        assert "--repeats: wanted at least 1, got 0" in wrong.output
+
+    def test_it_goes_on(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also with more repetitions than before, and the result is that of a run that was not interrupted."""
+        run, other = tmp_path / "run", tmp_path / "other"
+        for path in (run, other):
+            snmf("collect", folder / "model", folder / "texts.json", "--layers", "0", "--out", path)
+        real, made = rivals.detect_concepts, []
+
+        def counted(rival: Any, *args: Any, **options: Any) -> Any:
+            if len(made) == 3:
+                raise KeyboardInterrupt
+            made.append(rival.name)
+            return real(rival, *args, **options)
+
+        options = ("--k", 12, "--against", "diffmeans")
+        monkeypatch.setattr(rivals, "detect_concepts", counted)
+        assert snmf("detect", run, *options, "--repeats", 2).exit_code == 130
+        made.clear()
+        again = snmf("detect", run, *options, "--repeats", 2, "--json")
+        assert again.exit_code == 0, again.output
+        # The first was finished, the second was not.
+        assert made == ["snmf", "diffmeans"]
+        made.clear()
+        more = snmf("detect", run, *options, "--repeats", 3, "--json")
+        assert made == ["snmf", "diffmeans"]
+        made.clear()
+        monkeypatch.setattr(rivals, "detect_concepts", real)
+        whole = snmf("detect", other, *options, "--repeats", 3, "--json")
+        assert json.loads(more.stdout) == json.loads(whole.stdout)
+        assert json.loads(again.stdout)["seeds"] == [0, 1]
 
     def test_sentences(self, folder: Path, tmp_path: Path) -> None:
         pytest.importorskip("openai")
@@ -372,14 +428,28 @@ class TestDetect:
             return completion('{"label": "days"}' if "Monday" in question else '{"label": null}')
 
         with serve(answer) as endpoint:
-            options = ("--k", 12, "--against", "random", "--model", "scripted", "--base-url", endpoint.url)
+            options = (
+                "--k",
+                12,
+                "--against",
+                "random",
+                "--repeats",
+                1,
+                "--model",
+                "scripted",
+                "--base-url",
+                endpoint.url,
+            )
             early = snmf("detect", run, *options)
             assert early.exit_code == 2
             assert "snmf fit" in early.output
             assert snmf("fit", run, "--k", 12, "--keep", 0.00417).exit_code == 0
             result = snmf("detect", run, *options)
         assert result.exit_code == 0, result.output
-        assert "S_CD is above 0" in result.stdout
+        text = " ".join(result.stdout.split())
+        assert re.search(
+            r"S_CD is above 0 for \d+% .* random groups of as many neurons.*: \d+%\), which is uninf", text
+        )
         assert "without an answer to the question for a label" in " ".join(result.stdout.split())
         with serve(answer) as endpoint:
             options = (*options[:-1], endpoint.url, "--top", 9, "--json")
@@ -388,6 +458,7 @@ class TestDetect:
         assert row["no_label"] > 0
         assert row["features"] + row["no_label"] + row["no_concept"] + row["no_sentences"] == 9
         assert row["features"] == len(row["scores"]) > 0
+        assert 0 <= row["random_above_zero"] <= 1
         labels = [
             json.loads(line)
             for line in (run / "layer_0" / "labels" / "scripted.jsonl").read_text().splitlines()

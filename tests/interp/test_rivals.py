@@ -24,7 +24,7 @@ from snmf_interp import (
     steer,
     steering_protocol,
 )
-from snmf_interp.detecting import Interval, detect_concepts, hard_negatives, summarise
+from snmf_interp.detecting import ConceptDetection, Interval, detect_concepts, hard_negatives, summarise
 from snmf_interp.dictionaries import (
     NeuronDictionary,
     ProjectionDictionary,
@@ -35,6 +35,7 @@ from snmf_interp.dictionaries import (
 from snmf_interp.evaluation import best_neurons, halves
 from snmf_interp.generation import Continuation
 from snmf_interp.immediate import CONTROLS
+from snmf_interp.intervals import mean_error
 from snmf_interp.rivals import Plan, Trial, bundled_words
 from snmf_interp.runs import Run
 from snmf_interp.steering_protocol import Protocol, SteeringRecord, record_from_json
@@ -127,6 +128,22 @@ class TestPlanted:
                 assert entry["s_cd"] == float(row.s_cd[i])
         versions = json.loads((trial.folder / "plan.json").read_text())["versions"]
         assert versions["torch"] == torch.__version__
+
+    def test_it_is_not_detected_again(self, trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is kept is what was found, to the bit."""
+        before = trial.detect(0)
+        again = Trial(trial.run, trial.model, trial.plan, trial.folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(rivals, "detect_concepts", lambda *_, **__: pytest.fail("done again"))
+            kept = again.detect(0)
+        assert [row.method for row in kept] == [row.method for row in before]
+        for one, other in zip(kept, before, strict=True):
+            assert one.by_concept() == other.by_concept()
+            assert one.size == other.size
+            assert one.detection.names == other.detection.names
+            torch.testing.assert_close(
+                one.detection.probe_threshold, other.detection.probe_threshold.double(), rtol=0, atol=0
+            )
 
     def test_steering_finds_it_and_chance_does_not(self, records: list[SteeringRecord]) -> None:
         rows = {row.method: row for row in summarise_steering(records)}
@@ -458,6 +475,61 @@ class TestTrial:
         more = Trial.open(run, model, replace(PLAN, against=("random", "snmf-raw")))
         assert [rival.name for rival in more.rivals(0)] == ["snmf", "random", "snmf-raw"]
 
+    def test_repetitions_are_kept_apart(
+        self, model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each has its own division and fits; the plan's own, by which is steered, stays as it is."""
+        run = Run.collect(tmp_path / "run", model, planted_samples(), "0")
+        trial = Trial.open(run, model, PLAN)
+        trial.detect(0)
+        own = {path: path.read_bytes() for path in trial.folder.rglob("*.json")}
+        first, second = (trial.repetition(number) for number in (1, 2))
+        found = first.detect(0)
+        assert trial.repetition(0) is trial
+        assert not torch.equal(first.train, trial.train)
+        assert not torch.equal(first.train, second.train)
+        assert first.plan == replace(PLAN, seed=1)
+        assert (trial.folder / "seed-1" / "layer_0" / "snmf.safetensors").is_file()
+        assert {path: path.read_bytes() for path in own} == own
+        # They are found again; one more is added to them.
+        reopened = Trial.open(run, model, PLAN)
+        with monkeypatch.context() as patch:
+            patch.setattr(snmf_kernels, "fit", lambda *_, **__: pytest.fail("fitted again"))
+            patch.setattr(rivals, "detect_concepts", lambda *_, **__: pytest.fail("done again"))
+            kept = reopened.repetition(1).detect(0)
+        assert [row.by_concept() for row in kept] == [row.by_concept() for row in found]
+        reopened.repetition(2).detect(0)
+        assert (trial.folder / "seed-2" / "layer_0" / "detection.json").is_file()
+        with pytest.raises(ValueError, match="number: wanted at least 0"):
+            trial.repetition(-1)
+
+    def test_a_method_that_was_fitted_anew_detects_anew(self, model: LanguageModel, tmp_path: Path) -> None:
+        run = Run.collect(tmp_path / "run", model, planted_samples(), "0")
+        before = Trial.open(run, model, PLAN).detect(0)
+        path = run.path / "eval" / "layer_0" / "snmf.safetensors"
+        factors = snmf_kernels.Factorization.load(path)
+        replace(factors, Z=factors.Z.flip(0)).save(path)
+        after = Trial.open(run, model, PLAN).detect(0)
+        same = {
+            row.method: row.by_concept() == other.by_concept()
+            for row, other in zip(after, before, strict=True)
+        }
+        assert not same["snmf"]
+        assert not same["permuted"]
+        assert same["neuron"]
+        assert same["diffmeans"]
+
+    @pytest.mark.parametrize("name", ["detection.json", "matches.json"])
+    def test_what_is_damaged_is_detected_again(self, model: LanguageModel, tmp_path: Path, name: str) -> None:
+        run = Run.collect(tmp_path / "run", model, planted_samples(), "0")
+        before = Trial.open(run, model, PLAN).detect(0)
+        path = run.path / "eval" / "layer_0" / name
+        content = path.read_text()
+        path.write_text(content[:-20])
+        after = Trial.open(run, model, PLAN).detect(0)
+        assert [row.by_concept() for row in after] == [row.by_concept() for row in before]
+        assert path.read_text() == content
+
     def test_overwrite(self, model: LanguageModel, tmp_path: Path) -> None:
         run = Run.collect(tmp_path / "run", model, planted_samples(), "0")
         Trial.open(run, model, PLAN).detect(0)
@@ -608,6 +680,82 @@ class TestDetection:
         with pytest.raises(ValueError, match="same concepts"):
             summarise([first, other])
 
+    def test_repetitions_are_averaged_concept_by_concept(self, trial: Trial) -> None:
+        """Leads are paired; a concept that some repetition lacks is left out of all."""
+        rows = trial.detect(0)[:2]
+
+        def scored(names: tuple[str, ...], *areas: list[float]) -> list[ConceptDetection]:
+            return [
+                replace(
+                    row,
+                    detection=replace(row.detection, names=names, auroc=torch.tensor(area)),
+                    hard_auroc=torch.full((len(names),), math.nan),
+                    s_cd=torch.tensor(area) - 0.65,
+                )
+                for row, area in zip(rows, areas, strict=True)
+            ]
+
+        one = scored(("a", "b", "c"), [0.6, 0.7, 0.1], [0.5, 0.5, 0.1])
+        two = scored(("b", "a", "x"), [0.9, 0.8, 0.2], [0.8, 0.7, 0.2])
+        first, second = summarise(one, two)
+        assert first.auroc.value == pytest.approx(0.75)
+        assert first.repetitions == (pytest.approx(0.65), pytest.approx(0.85))
+        assert first.detected.value == pytest.approx(3 / 4)
+        assert list(first.concepts) == ["a", "b"]
+        assert first.concepts["b"]["auroc"] == pytest.approx(0.8)
+        assert first.concepts["a"]["detected"] == pytest.approx(0.5)
+        assert math.isnan(first.concepts["a"]["hard_auroc"])
+        assert second.lead is not None
+        assert second.lead.value == pytest.approx(0.125)
+        assert second.concepts["b"]["lead"] == pytest.approx(0.15)
+        with pytest.raises(ValueError, match="same methods"):
+            summarise(one, two[:1])
+        with pytest.raises(ValueError, match="at least one"):
+            summarise()
+
+    def test_intervals_hold_other_repetitions(self) -> None:
+        """Where repetitions differ, they hold the true mean as often as they say; those over concepts do not."""
+        draw = np.random.default_rng(0).standard_normal
+        inside, alone = 0, 0
+        for _ in range(400):
+            values = torch.from_numpy(0.7 + 0.05 * draw((16, 1)) + 0.06 * draw((1, 5)) + 0.05 * draw((16, 5)))
+            both, concepts = Interval.of(values, (0, 1)), Interval.of(values.mean(1), (0, 1))
+            assert both.value == pytest.approx(concepts.value)
+            inside += both.low <= 0.7 <= both.high
+            alone += concepts.low <= 0.7 <= concepts.high
+        assert 0.91 < inside / 400 < 0.98
+        assert alone / 400 < 0.75
+
+    def test_intervals_of_equal_repetitions(self) -> None:
+        """Where they do not differ but by chance, intervals are little wider than those over concepts."""
+        draw = np.random.default_rng(0).standard_normal
+        inside, widths = 0, []
+        for _ in range(400):
+            values = torch.from_numpy(0.7 + 0.1 * draw((16, 1)) + 0.05 * draw((16, 5)))
+            both, concepts = Interval.of(values, (0, 1)), Interval.of(values.mean(1), (0, 1))
+            inside += both.low <= 0.7 <= both.high
+            widths.append((both.high - both.low) / (concepts.high - concepts.low))
+        assert 0.91 < inside / 400 < 0.98
+        assert 1 <= sum(widths) / 400 < 1.1
+
+    def test_the_error_of_a_table(self) -> None:
+        """By hand: mean squares 8 of two rows, 12 of three columns and 2 of the rest give (8 + 12 - 2) / 6."""
+        rows, columns = torch.tensor([[-1.0], [1.0]]), torch.tensor([-1.0, 0.0, 1.0])
+        rest = torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0]])
+        table = (4 / 3) ** 0.5 * rows + 6**0.5 * columns + rest
+        error, freedom = mean_error(table)
+        assert error**2 == pytest.approx((8 + 12 - 2) / 6, rel=1e-5)
+        assert freedom == pytest.approx(18**2 / (8**2 / 1 + 12**2 / 2 + 2**2 / 2), rel=1e-5)
+        assert mean_error(table.T) == (pytest.approx(error), pytest.approx(freedom))
+        # Columns that differ less than the rest have no effect of their own.
+        error, freedom = mean_error((4 / 3) ** 0.5 * rows + rest)
+        assert error**2 == pytest.approx(8 / 6, rel=1e-5)
+        assert freedom == 1
+        # One column: the standard error of its mean.
+        error, freedom = mean_error(torch.tensor([[1.0], [2.0], [6.0]]))
+        assert error**2 == pytest.approx(7 / 3)
+        assert freedom == 2
+
     def test_intervals_of_few(self) -> None:
         """They hold the true mean as often as they say."""
         generator = torch.Generator().manual_seed(0)
@@ -630,9 +778,11 @@ class TestDetection:
             [0.0, 0.0, 0.0],
             [0.5] * 19 + [1.0],
         ):
-            value = Interval.of(low + (high - low) * torch.tensor(shares), bounds)
-            assert low <= value.low <= value.value <= value.high <= high
-            assert (value.low < value.high) == (len(set(shares)) > 1)
+            values = low + (high - low) * torch.tensor(shares)
+            for one in (values, torch.stack([values, values.flip(0)], 1)):
+                value = Interval.of(one, bounds)
+                assert low <= value.low <= value.value <= value.high <= high
+            assert (Interval.of(values, bounds).low < value.value) == (len(set(shares)) > 1)
 
     def test_intervals_of_few_near_a_bound(self) -> None:
         """They hold the true mean more often than those that do not know the bound."""
@@ -648,6 +798,21 @@ class TestDetection:
         value = Interval.of_share(torch.tensor([True, True, True]))
         assert value.value == value.high == 1
         assert 0.3 < value.low < 0.6
+
+    def test_share_intervals_of_repetitions(self) -> None:
+        hits = torch.arange(60) < 40
+        concepts = Interval.of_share(hits)
+        # Repetitions that say the same add nothing.
+        same = Interval.of_share(hits[:, None].expand(60, 5))
+        assert same.value == concepts.value
+        assert same.low == pytest.approx(concepts.low, abs=0.01)
+        assert same.high == pytest.approx(concepts.high, abs=0.01)
+        # Those that differ in all concepts together leave less to say.
+        apart = Interval.of_share(torch.stack([hits, hits, torch.arange(60) < 10], 1))
+        assert apart.low < 0.3 < 0.6 < apart.high
+        every = Interval.of_share(torch.ones(60, 5, dtype=torch.bool))
+        assert every.value == every.high == 1
+        assert 0.9 < every.low < 0.96
 
     def test_bounded_means_have_intervals_within_their_bounds(self, trial: Trial) -> None:
         """With three concepts, near 1."""
