@@ -16,9 +16,9 @@ from ._scope import interruptible
 from .reference import dense_product, short_parts, token_blocks, without_subnormals
 from .sparse import PassResult, SparseColumns
 
-# Magnitudes whose squares, and sums of many of them, stay far inside the range of the dtype. Where A's largest lies
-# outside, squares are formed in float64, and a fit that divides no neurons divides A by a power of two. Beyond the wider
-# bounds products leave the range all the same.
+# Magnitudes whose squares, and sums of many of them, stay far inside the range of the dtype. Where the largest of A
+# lies outside, squares are formed in float64, and a fit that divides no neurons divides A by a power of two. Beyond the
+# wider bounds products leave the range all the same.
 _SAFE = {torch.float32: (2.0**-30, 2.0**45), torch.float64: (2.0**-400, 2.0**400)}
 _BOUNDS = {torch.float32: (2.0**-110, 2.0**118), torch.float64: (2.0**-480, 2.0**480)}
 # Elements of A that are converted to float64 at a time for a Gram matrix: wide blocks, whose products are fast.

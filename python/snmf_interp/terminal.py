@@ -227,10 +227,17 @@ def with_effects_of(
     """
     with waiting(f"describing the features of layer {layer}"):
         features = run.features(layer, load)
-    wanted = [feature.index for feature in choose(features) if feature.effects is None]
+    wanted = [feature.index for feature in choose(features) if feature.tokens and feature.effects is None]
     if not wanted:
         return features
     what = f"layer {layer}: measuring what features do to the next word"
     with waiting(what) as say:
-        run.effects(layer, load, wanted, progress=lambda done, total: say(f"{what}, {done} of {total}"))
-    return run.features(layer, load)
+        effects = run.effects(
+            layer, load, wanted, progress=lambda done, total: say(f"{what}, {done} of {total}")
+        )
+    # Not by way of the run: it may not be written to.
+    from .features import with_effects
+
+    named = {feature.index: feature.effects for feature in features if feature.effects is not None}
+    named |= {index: effects.words(load(), index) for index in wanted if index in effects.index.tolist()}
+    return with_effects(features, named, effects.agreement)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 import snmf_kernels
-from snmf_interp import LanguageModel, Sample, hooks, steer
+from snmf_interp import LanguageModel, Sample, hooks, steer, terminal
 from snmf_interp.effects import Effects, lens_logits, measure_effects
 from snmf_interp.runs import Run
 
@@ -188,6 +189,21 @@ class TestRun:
         # Half precision in the file.
         assert torch.allclose(again.change, every.change, atol=1e-3, rtol=1e-3)
         assert all(feature.effects is not None for feature in run.features(1, model))
+
+    def test_of_a_run_that_may_not_be_written_to(
+        self, run: Run, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """They are shown all the same."""
+        run.features(1, model)
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        monkeypatch.setattr(Effects, "save", refuse)
+        shown = terminal.with_effects_of(run, 1, lambda: model, lambda described: described[:2])
+        assert [feature.effects is not None for feature in shown] == [True, True, False, False]
+        assert shown[0].lens_agreement is not None
+        assert run.features(1, model)[0].effects is None
 
     def test_another_divergence_is_another_measurement(self, run: Run, model: LanguageModel) -> None:
         run.effects(1, model)
