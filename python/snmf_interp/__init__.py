@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .compare import Difference, compare_stores
     from .core import Assignment, NeuronSets, assign_features, neuron_sets
     from .detecting import detect_concepts, hard_negatives
+    from .effects import Effects, measure_effects
     from .equal_texts import text_groups
     from .evaluation import (
         Detection,
@@ -75,6 +76,7 @@ __all__ = [
     "Description",
     "Detection",
     "Difference",
+    "Effects",
     "Feature",
     "Hierarchy",
     "HierarchyState",
@@ -129,6 +131,7 @@ __all__ = [
     "load_model",
     "match_features",
     "matched_words",
+    "measure_effects",
     "nearest_by_coefficients",
     "nearest_by_direction",
     "nearest_by_neurons",
@@ -161,6 +164,7 @@ _HOMES = {
     "Description": "trees",
     "Detection": "evaluation",
     "Difference": "compare",
+    "Effects": "effects",
     "Feature": "features",
     "Hierarchy": "levels",
     "HierarchyState": "hierarchy",
@@ -215,6 +219,7 @@ _HOMES = {
     "load_model": "models",
     "match_features": "stability",
     "matched_words": "word_meter",
+    "measure_effects": "effects",
     "nearest_by_coefficients": "provenance",
     "nearest_by_direction": "provenance",
     "nearest_by_neurons": "provenance",
