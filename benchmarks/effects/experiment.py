@@ -1,6 +1,6 @@
 """What the logit lens and measured effects say of features, layer by layer, on both bundled models.
 
-    python benchmarks/effects/experiment.py     # results.json and table.md; a quarter of an hour
+    python benchmarks/effects/experiment.py     # results.json and table.md; half an hour on one core
 
 For each layer the default fit of the bundled corpus, k = 100, and 30 of its features, drawn by a seed. Each is added at
 0.25 nats behind eight prompts, and behind eight others: what is measured must be found again there. The logit lens is
@@ -48,8 +48,8 @@ def excess(effects: Effects) -> torch.Tensor:
 
 def own_words(
     features: list[Feature], lists: list[list[str]], words: dict[str, set[str]]
-) -> tuple[int, int, float]:
-    """Features with a concept that has words; how many list one of them; and by chance."""
+) -> tuple[int, int, float | None]:
+    """Features with a concept that has words; how many list one of them; and by chance, None of a single concept."""
     known = [i for i, feature in enumerate(features) if feature.concept in words]
     said = [{word.strip().casefold() for word in one} for one in lists]
     hits = sum(bool(said[i] & words[str(features[i].concept)]) for i in known)
@@ -59,7 +59,7 @@ def own_words(
         for j in known
         if features[i].concept != features[j].concept
     ]
-    return len(known), hits, len(known) * sum(pairs) / len(pairs) if pairs else float("nan")
+    return len(known), hits, len(known) * sum(pairs) / len(pairs) if pairs else None
 
 
 def measure(model_name: str, layers: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -111,6 +111,10 @@ def measure(model_name: str, layers: tuple[int, ...]) -> list[dict[str, Any]]:
     return rows
 
 
+def shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"Default fits, k = {K}, of the bundled corpus; {DRAWN} features a layer, at {KL:g} nats. {described(rows)}.",
@@ -131,8 +135,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['halves']:.2f}",
             f"{row['halves_excess']:.2f}",
             f"{row['again']:.1f}",
-            f"{row['hits']} of {row['known']} ({row['hits_by_chance']:.1f})",
-            f"{row['lens_hits']} of {row['known']} ({row['lens_hits_by_chance']:.1f})",
+            f"{row['hits']} of {row['known']} ({shown(row['hits_by_chance'])})",
+            f"{row['lens_hits']} of {row['known']} ({shown(row['lens_hits_by_chance'])})",
             f"{row['seconds']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
