@@ -2,7 +2,7 @@
 
     difference = compare(factors, base, tuned, read_texts("concepts"), layer=8)
     difference.changes[0].feature, difference.changes[0].standardised
-    difference.residual_change
+    difference.changed(by=0.2), difference.median_size, difference.residual_change
 
 Both are encoded on the features of one of them. A feature that the other checkpoint alone has cannot show up among
 the changes; it shows in the residual, which then rises.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,7 +72,8 @@ class FeatureChange:
         difference: ``second − first`` with its interval.
         standardised: the difference in standard deviations of the contribution over tokens (the root of the mean of
             both variances). 0 where neither varies.
-        p_value: of a paired t-test over texts.
+        p_value: of a paired t-test over texts, equal ones being one. It is small also for a tiny change that is the
+            same in all texts: how large a change is, ``standardised`` says.
         q_value: the same corrected for the number of features (Benjamini & Hochberg 1995): among features with
             ``q_value < 0.05``, about 5 % at most have not changed.
         correlation: of the contributions in the two over tokens: low where the feature has moved to other tokens,
@@ -99,7 +101,8 @@ class Difference:
         layer: which.
         n_tokens: tokens that both have.
         n_left_out: tokens that one of them leaves out as attention sinks.
-        n_texts: texts with such tokens.
+        n_texts: texts with such tokens; equal ones are one.
+        n_equal: texts with such tokens that equal one before them.
         first_residual, second_residual: ``‖A − Z Y‖² / ‖A‖²`` of each, both encoded anew.
         residual_change: ``second − first`` with its interval over texts. Above 0: the basis covers the second
             checkpoint less well, which then does something that no feature here stands for. Where the features were
@@ -112,14 +115,30 @@ class Difference:
     n_tokens: int
     n_left_out: int
     n_texts: int
+    n_equal: int
     first_residual: float
     second_residual: float
     residual_change: Interval
     changes: tuple[FeatureChange, ...]
 
     def significant(self, level: float = 0.05) -> list[FeatureChange]:
-        """The changes whose ``q_value`` is below ``level``."""
+        """The changes whose ``q_value`` is below ``level``, however small they are."""
         return [change for change in self.changes if change.q_value < level]
+
+    def changed(self, by: float, level: float = 0.05) -> list[FeatureChange]:
+        """The significant changes of at least ``by`` standard deviations, up or down.
+
+        Raises:
+            ValueError: ``by`` is below 0 or no number.
+        """
+        if not by >= 0:
+            raise ValueError(f"by: wanted 0 or more standard deviations, got {by}")
+        return [change for change in self.significant(level) if abs(change.standardised) >= by]
+
+    @property
+    def median_size(self) -> float:
+        """The median of ``|standardised|`` over all features."""
+        return median(abs(change.standardised) for change in self.changes)
 
 
 def compare(
@@ -190,17 +209,22 @@ def compare_stores(
         resamples: of the texts, for the intervals.
 
     Raises:
-        ValueError: the stores are not of the same tokens, the widths differ, or there are fewer than two texts.
+        ValueError: the stores are not of the same tokens, the widths differ, or there are fewer than two texts that
+            are not equal.
     """
     _check_same_tokens(first.corpus, second.corpus)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence: wanted a share between 0 and 1, got {confidence}")
     here, there = common_tokens(first.places(layer), second.places(layer))
     places = first.places(layer)[here]
-    text_of = first.samples(layer)[here]
+    samples = first.samples(layer)[here]
+    # Equal texts change alike: counted one by one they would pass for so much more evidence.
+    text_of = first.corpus.groups[samples]
     texts, row_of = text_of.unique(return_inverse=True)
     if len(texts) < 2:
-        raise ValueError(f"samples: wanted at least two texts with tokens that both keep, got {len(texts)}")
+        raise ValueError(
+            f"samples: wanted at least two texts that are not equal, with tokens that both keep, got {len(texts)}"
+        )
     Z = as_double(factors.Z)
     norms = Z.norm(dim=0)
     sides = []
@@ -243,6 +267,7 @@ def compare_stores(
         n_tokens=len(places),
         n_left_out=len(first.places(layer)) + len(second.places(layer)) - 2 * len(places),
         n_texts=len(texts),
+        n_equal=len(samples.unique()) - len(texts),
         first_residual=sides[0].relative_error,
         second_residual=sides[1].relative_error,
         residual_change=residual,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from .runs import Run
 
 logger = logging.getLogger(__name__)
+# Standard deviations from which a change counts: a small effect by Cohen (1988).
+_MIN_CHANGE = 0.2
 
 
 def compare(
@@ -41,6 +44,13 @@ def compare(
     layers: LayersOption = None,
     top: Annotated[int, typer.Option(help="Features to show per layer.")] = 10,
     contexts: Annotated[int, typer.Option(help="Contexts per feature.")] = 2,
+    min_change: Annotated[
+        float,
+        typer.Option(
+            help="A feature counts as changed from so many standard deviations of its use over tokens on; Cohen calls "
+            "0.2 small."
+        ),
+    ] = _MIN_CHANGE,
     texts: Annotated[
         str | None,
         typer.Option(help="Where the run's texts are now.", show_default="where snmf collect read them"),
@@ -58,11 +68,16 @@ def compare(
 
     Both checkpoints must make the same tokens. The other's activations are kept in DIR/compare; the same command
     resumes. A residual that rises says that MODEL does something that no feature of this run stands for.
+
+    The size of a change is that of the mean over texts, in standard deviations of the feature's use over tokens. With
+    many texts a change of no consequence is significant too: what is counted first is at least --min-change.
     """
     from . import files
     from .compare import compare_stores
     from .runs import Run
 
+    if not min_change >= 0:
+        raise ValueError(f"--min-change: wanted 0 or more standard deviations, got {min_change}")
     opened = Run.open(run)
     chosen = fitted_layers(opened, layers)
     factors = {number: opened.factors(number) for number in chosen}
@@ -77,7 +92,7 @@ def compare(
             results[number] = compare_stores(
                 factors[number], first, second, other, number, described=top, n_tokens=contexts
             )
-        result = _as_dict(results[number], opened, other)
+        result = _as_dict(results[number], opened, other, min_change)
         if second.path is not None:
             with files.keeping("comparisons", opened.path):
                 files.write_json(second.path.parent / f"layer_{number}.json", result)
@@ -86,7 +101,16 @@ def compare(
             continue
         described = opened.features(number, terminal.loader(opened, device, model=run_model))
         screen.print(
-            _page(results[number], described, opened, other, top, screen.width, not screen.is_terminal)
+            _page(
+                results[number],
+                described,
+                opened,
+                other,
+                top,
+                min_change,
+                screen.width,
+                not screen.is_terminal,
+            )
         )
 
 
@@ -159,12 +183,12 @@ def _page(
     run: Run,
     model: LanguageModel,
     top: int,
+    min_change: float,
     width: int,
     marks: bool,
 ) -> Group:
     from .features import visible
 
-    significant = difference.significant()
     residual = difference.residual_change
     covered = (
         "the basis covers it less well"
@@ -174,16 +198,16 @@ def _page(
         else "no clear change"
     )
     left_out = f", {difference.n_left_out} more are a sink in one" if difference.n_left_out else ""
+    equal = f" (and {difference.n_equal} equal ones, counted with these)" if difference.n_equal else ""
     head = Text.assemble(
         (
             f"\nLayer {difference.layer}: {visible(run.config['model']['name'])} → {visible(model.name)}\n\n",
             "bold",
         ),
-        f"{difference.n_tokens:,} tokens of {difference.n_texts} texts that both keep{left_out}\n"
+        *_headline(difference, min_change),
+        f"{difference.n_tokens:,} tokens of {difference.n_texts} texts{equal} that both keep{left_out}\n"
         f"residual on the basis {difference.first_residual:.4f} → {difference.second_residual:.4f}: {covered}\n"
-        f"  change {residual.value:+.4f}, 95 % interval {residual.low:+.4f} to {residual.high:+.4f}\n"
-        f"{len(significant)} of {len(difference.changes)} features changed (paired over texts, 5 % false "
-        "discoveries)\n",
+        f"  change {residual.value:+.4f}, 95 % interval {residual.low:+.4f} to {residual.high:+.4f}\n",
     )
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", width=width)
     left = 24
@@ -199,7 +223,43 @@ def _page(
         table.add_row(_change(change), _contexts(change, features[change.feature], width - left - 3, marks))
     if not shown:
         return Group(head, Text("no feature is used differently on any token"))
-    return Group(head, table)
+    return Group(head, table, _legend())
+
+
+def _headline(difference: Difference, min_change: float) -> list[tuple[str, str]]:
+    """How much has changed, then how surely."""
+    changes = difference.changes
+    changed = difference.changed(min_change)
+    largest = abs(changes[0].standardised)
+    moved = [change for change in changes if change.correlation == change.correlation]
+    lines = [
+        (f"{len(changed)} of {len(changes)} features changed by {min_change:g} sd or more\n", "bold"),
+        (
+            f"  sizes: median {difference.median_size:.2g} sd, largest {largest:.2g} sd; "
+            f"{len(difference.significant())} changes of any size are significant\n",
+            "",
+        ),
+    ]
+    if moved:
+        least = min(moved, key=lambda change: change.correlation)
+        lines.append(
+            (
+                f"  correlation of a feature's use over tokens: median "
+                f"{statistics.median(change.correlation for change in moved):.2f}, lowest {least.correlation:.2f} "
+                f"(feature {least.feature})\n",
+                "",
+            )
+        )
+    return lines
+
+
+def _legend() -> Text:
+    return Text(
+        "sd: the change of the mean use, in standard deviations of the use over tokens. q: of a paired test over "
+        "texts, corrected for the number of features; below 0.05 is significant. r: correlation of the use in the two "
+        "over tokens; where it is low, the feature has moved to other tokens.",
+        style="dim",
+    )
 
 
 def _change(change: FeatureChange) -> Text:
@@ -221,12 +281,18 @@ def _contexts(change: FeatureChange, feature: Feature, width: int, marks: bool) 
     return Group(*lines, Text(""))
 
 
-def _as_dict(difference: Difference, run: Run, model: LanguageModel) -> dict[str, Any]:
+def _as_dict(difference: Difference, run: Run, model: LanguageModel, min_change: float) -> dict[str, Any]:
     from . import files
 
+    counts = {
+        "min_change": min_change,
+        "n_changed": len(difference.changed(min_change)),
+        "n_significant": len(difference.significant()),
+        "median_size": difference.median_size,
+    }
     names = {
         "first": run.config["model"]["name"],
         "second": model.name,
         "second_weights": model.fingerprint(),
     }
-    return names | files.finite(asdict(difference))
+    return names | counts | files.finite(asdict(difference))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,13 +19,17 @@ from . import terminal
 from .arguments import DeviceOption, MovedModelOption, one_layer
 
 if TYPE_CHECKING:
+    from .group_effects import InterventionTable
     from .models import LanguageModel
     from .runs import Run
 
-FORMAT = 1
+# 2: what random sets do to each word.
+FORMAT = 2
 # Where most weekdays have a feature and share neurons at k = 400, on one half of the sentences (benchmarks/core).
 LAYERS = {"smollm2-135m": 0, "gemma-3-270m": 3}
 K = 400
+# A corrected p-value up to which something is said to be so.
+_LEVEL = 0.05
 
 
 def core(
@@ -52,7 +56,7 @@ def core(
     m: Annotated[
         int | None,
         typer.Option(
-            help="A neuron in so many of the features is core.",
+            help="Core neurons are those in so many of the features.",
             show_default="the fewest that chance does not reach",
         ),
     ] = None,
@@ -61,8 +65,11 @@ def core(
     ] = 0.5,
     kl: Annotated[float, typer.Option(help="Steer to this divergence of the next token, in nats.")] = 0.25,
     random: Annotated[
-        int, typer.Option(help="Random sets for each set; p-values go down to 1/(this + 1).")
-    ] = 39,
+        int,
+        typer.Option(
+            help="Random sets for each set. No p-value is below 1/(this + 1), before it is corrected."
+        ),
+    ] = 99,
     controls: Annotated[int, typer.Option(help="Frequency-matched words for each word.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the random sets.")] = 0,
     out: Annotated[
@@ -77,7 +84,8 @@ def core(
     Each word gets the feature that detects its sentences best, of one half of the corpus. Core neurons are in
     several of these features, exclusive ones in one alone. Each set, and random sets of the same size and weights,
     is steered to the same divergence; what is shown is the change of each word's logit, relative to words that
-    were as likely before.
+    were as likely before. The core is to raise all members, and an exclusive set its own word above the other
+    members: most sets raise most of the words a little, random ones too.
 
     `snmf core smollm2-135m --concepts weekdays` works as it stands, in a few minutes. The same command shows a finished
     table again.
@@ -200,7 +208,11 @@ def _measured(
         for word, feature in found.members(options["min_precision"]).items()
         if is_single_token(model, word)
     }
-    result: dict[str, Any] = {"assignment": asdict(found) | {"held_out": held_out}, "table": None}
+    result: dict[str, Any] = {
+        "assignment": asdict(found) | {"held_out": held_out},
+        "table": None,
+        "corrected": None,
+    }
     if len(members) < 2:
         return result
     others = {
@@ -222,7 +234,24 @@ def _measured(
             n_controls=options["controls"],
             seed=options["seed"],
         )
-    return result | {"table": table.as_dict()}
+    return result | {"table": table.as_dict(), "corrected": _corrected(table)}
+
+
+def _corrected(table: InterventionTable) -> dict[str, Any]:
+    """p-values after Holm: of the two questions together, and of the exclusive sets one by one.
+
+    What has no p-value has no entry.
+    """
+    from .core import holm
+
+    def holm_of(p_values: Mapping[str, float | None]) -> dict[str, float]:
+        tested = {name: p for name, p in p_values.items() if p is not None}
+        return dict(zip(tested, holm(list(tested.values())), strict=True))
+
+    return {
+        "questions": holm_of({"core": table.core_minimum_p, "exclusive": table.exclusive_p}),
+        "sets": holm_of({effect.name: effect.p_value for effect in table.exclusive}),
+    }
 
 
 def _path(run: Run, layer: int, concepts: str) -> Path:
@@ -239,8 +268,8 @@ def _kept(run: Run, layer: int, concepts: str, options: dict[str, Any]) -> dict[
     path = _path(run, layer, concepts)
     if not path.is_file():
         return None
-    there: dict[str, Any] = files.read_versioned(path, FORMAT)
-    return there if there["options"] == options else None
+    there = files.read_json(path)
+    return there if (there.get("format"), there.get("options")) == (FORMAT, options) else None
 
 
 def _show(screen: Console, model: str, layer: int, result: dict[str, Any]) -> None:
@@ -267,19 +296,32 @@ def _show(screen: Console, model: str, layer: int, result: dict[str, Any]) -> No
             f"({sets['expected_core']:.2g} by chance)\n"
         )
     )
-    screen.print(_effects(table))
+    screen.print(_shifts(table))
+    if table["exclusive"]:
+        screen.print()
+        screen.print(_exclusive(table, result["corrected"]["sets"]))
     screen.print()
-    for line, style in _verdicts(table):
+    for line, style in _verdicts(table, result["corrected"]["questions"]):
         screen.print(Text(line, style=style), soft_wrap=True)
-    screen.print(
-        Text(
-            f"\nChange of each word's logit, less that of words as likely before ({options['controls']} a word), in "
-            f"nats, mean of {len(table['prompts'])} prompts, at KL {table['target']:g}. random: {options['random']} "
-            "sets of the same size and weights on other neurons. >: the core's mean, or own less the other members'. "
-            "p: (1 + random sets that do as well) / (1 + all); not corrected for the number of rows.",
-            style="dim",
-        )
-    )
+    screen.print(Text(f"\n{_legend(options, table)}", style="dim"))
+
+
+def _legend(options: dict[str, Any], table: dict[str, Any]) -> str:
+    sentences = [
+        f"The first table has the change of each word's logit, less that of {options['controls']} words that were as "
+        f"likely before, in nats; it is the mean over {len(table['prompts'])} prompts, at a KL divergence of "
+        f"{table['target']:g}.",
+        "Above others: the own word's change less the mean of the other members'.",
+    ]
+    if count := options["random"]:
+        sentences += [
+            f"Random sets: {count} for each set, with its size and weights on other neurons; the values are their "
+            "means.",
+            "p: the share of random sets, this one counted in, that do as well; corrected (Holm) for the number of "
+            f"answers in bold, and of exclusive sets in the table. Before that none is below 1/{count + 1} = "
+            f"{1 / (count + 1):.2g} (--random).",
+        ]
+    return " ".join(sentences)
 
 
 def _features(assignment: dict[str, Any], least: float, table: dict[str, Any] | None) -> Table:
@@ -301,56 +343,105 @@ def _features(assignment: dict[str, Any], least: float, table: dict[str, Any] | 
     return shown
 
 
-def _effects(table: dict[str, Any]) -> Table:
-    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+def _shifts(table: dict[str, Any]) -> Table:
+    """What each set does to each word."""
+    # Twelve words fit into 80 columns without more space between them.
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, header_style="bold")
     shown.add_column("steered by", no_wrap=True)
-    shown.add_column("n", justify="right")
-    shown.add_column("KL", justify="right")
     for word in table["words"]:
         shown.add_column(word[:3] if len(table["words"]) > 4 else word, justify="right", no_wrap=True)
-    for name in (">", "random", "p"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    effects = [effect for effect in (table["core"], *table["exclusive"]) if effect is not None]
-    for effect in effects:
+    for effect in _effects(table):
         cells = []
         for word in table["words"]:
             bold = effect["name"] in (word, "core")
             cells.append(Text(f"{effect['shifts'][word]:+.1f}", style="bold" if bold else ""))
-        random = effect["random"]
-        control = "" if random is None else f"{sum(random['statistics']) / random['count']:+.2f}"
-        achieved = Text(f"{effect['kl']:.2f}", style="" if effect["reached"] else "red")
-        shown.add_row(
-            Text(effect["name"]), str(len(effect["neurons"])), achieved, *cells, f"{effect['statistic']:+.2f}",
-            control, "" if effect["p_value"] is None else f"{effect['p_value']:.3f}",
-        )  # fmt: skip
+        shown.add_row(Text(effect["name"]), *cells)
     return shown
 
 
-def _verdicts(table: dict[str, Any]) -> list[tuple[str, str]]:
-    """A line for the core, one for the exclusive sets, and what else to know."""
-    lines: list[tuple[str, str]] = []
-    core = table["core"]
-    if core is None:
-        lines.append(("core: none, or its weights cancel", "yellow"))
-    else:
-        least = table["core_minimum"]
-        p = "" if core["p_value"] is None else f", p = {core['p_value']:.3f}"
-        raises = "raises every member" if least > 0 else "does not raise every member"
-        others = ", ".join(f"{name} {value:+.2f}" for name, value in core["related"].items())
-        lines.append((f"core: {raises} (mean {core['statistic']:+.2f}, smallest {least:+.2f}{p})", "bold"))
-        if others:
-            lines.append((f"  other groups under it: {others}", ""))
+def _exclusive(table: dict[str, Any], corrected: dict[str, float]) -> Table:
+    """Whether each exclusive set raises its own word above the other members."""
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    shown.add_column("exclusive", no_wrap=True)
+    names = ["neurons", "own word", "above others", *(["random sets", "p"] if corrected else [])]
+    for name in names:
+        shown.add_column(name, justify="right", no_wrap=True)
+    for effect in table["exclusive"]:
+        cells = [
+            f"{len(effect['neurons'])}",
+            f"{effect['shifts'][effect['name']]:+.2f}",
+            f"{effect['statistic']:+.2f}",
+        ]
+        if corrected:
+            cells += [f"{_mean(effect['random']['statistics']):+.2f}", f"{corrected[effect['name']]:.2f}"]
+        shown.add_row(Text(effect["name"]), *cells)
+    return shown
+
+
+def _effects(table: dict[str, Any]) -> list[dict[str, Any]]:
+    return [effect for effect in (table["core"], *table["exclusive"]) if effect is not None]
+
+
+def _verdicts(table: dict[str, Any], corrected: dict[str, float]) -> list[tuple[str, str]]:
+    """The answers to both questions, each with what else to know of it."""
+    lines = _core_verdict(table, corrected.get("core"))
     if table["exclusive"]:
-        own = sum(effect["shifts"][effect["name"]] > 0 for effect in table["exclusive"])
-        p = "" if table["exclusive_p"] is None else f", p = {table['exclusive_p']:.3f}"
-        lines.append(
-            (
-                f"exclusive: {own} of {len(table['exclusive'])} raise their own word; own less the others' "
-                f"{table['exclusive_statistic']:+.2f} on average{p}",
-                "bold",
-            )
-        )
-    effects = [effect for effect in (core, *table["exclusive"]) if effect is not None]
-    if short := [effect["name"] for effect in effects if not effect["reached"]]:
+        lines += _exclusive_verdict(table, corrected.get("exclusive"))
+    if short := [effect["name"] for effect in _effects(table) if not effect["reached"]]:
         lines.append((f"KL {table['target']:g} is not reached by {', '.join(short)}: not comparable", "red"))
     return lines
+
+
+def _core_verdict(table: dict[str, Any], p: float | None) -> list[tuple[str, str]]:
+    core, least = table["core"], table["core_minimum"]
+    if core is None:
+        return [("the core is empty, or its weights cancel", "yellow")]
+    n = len(table["sets"]["members"])
+    if least <= 0:
+        answer = f"the core does not raise all {n} members"
+    elif p is None or p <= _LEVEL:
+        answer = f"the core raises all {n} members"
+    else:
+        answer = f"the core raises all {n} members, but not surely more than random sets do"
+    lines = [(f"{answer}: the least by {least:+.2f}{_p(p)}", "bold")]
+    mean = f"  by {core['statistic']:+.2f} on average"
+    if (random := core["random"]) is not None:
+        all_raised = sum(value > 0 for value in random["rises"])
+        mean += f"; random sets by {_mean(random['statistics']):+.2f}, and {all_raised} of {random['count']} raise all"
+    lines.append((mean, ""))
+    if core["related"]:
+        others = ", ".join(f"{name} {value:+.2f}" for name, value in core["related"].items())
+        lines.append((f"  other groups under it: {others}", ""))
+    return lines
+
+
+def _exclusive_verdict(table: dict[str, Any], p: float | None) -> list[tuple[str, str]]:
+    effects, value = table["exclusive"], table["exclusive_statistic"]
+    n = len(effects)
+    above = "raise their own word above the other members"
+    if value <= 0:
+        answer = f"exclusive sets do not {above}"
+    elif p is None or p <= _LEVEL:
+        answer = f"exclusive sets {above}"
+    else:
+        answer = f"exclusive sets do not surely {above}"
+    lines = [(f"{answer}: by {value:+.2f} on average{_p(p)}", "bold")]
+    higher = f"  above the other members: {sum(effect['statistic'] > 0 for effect in effects)} of {n}"
+    raised = f"  raised at all: {sum(effect['shifts'][effect['name']] > 0 for effect in effects)} of {n}"
+    if p is not None:
+        randoms = [effect["random"] for effect in effects]
+        of_random = {
+            name: _mean([value > 0 for random in randoms for value in random[name]])
+            for name in ("statistics", "rises")
+        }
+        higher += f", and {of_random['statistics']:.0%} of their random sets"
+        raised += f", and {of_random['rises']:.0%} of their random sets"
+    return [*lines, (higher, ""), (raised, "")]
+
+
+def _p(p: float | None) -> str:
+    return "" if p is None else f", p = {p:.2g}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

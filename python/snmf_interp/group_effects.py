@@ -44,6 +44,8 @@ class RandomSets:
     Attributes:
         count: how many random sets.
         statistics: the set's statistic under each, in logits.
+        rises: under each the shift of the set's own word; for the core the smallest among the members. Above 0 the
+            random set raises the word, or all members.
         reached: the share that passed the divergence, or missed it by less than a tenth.
         typical_error: the median of ``|achieved / wanted − 1|`` of the divergence among those; what is left of it is
             interpolated away, linearly in its square root.
@@ -51,6 +53,7 @@ class RandomSets:
 
     count: int
     statistics: tuple[float, ...]
+    rises: tuple[float, ...]
     reached: float
     typical_error: float | None
 
@@ -99,6 +102,7 @@ class InterventionTable:
         controls: the frequency-matched words of each word.
         log_probability: of each word after the prompts, without steering, averaged; natural logarithm.
         core: what the core does; None where it is empty.
+        core_minimum_p: of :attr:`core_minimum`, against the smallest shift under each random set; None without them.
         exclusive: what each exclusive set does, members in their order; without the empty ones.
         exclusive_statistic: the mean statistic of ``exclusive``; None where there is none.
         exclusive_p: of that mean, against one random set for each, drawn together.
@@ -112,6 +116,7 @@ class InterventionTable:
     controls: dict[str, list[str]]
     log_probability: dict[str, float]
     core: SetEffect | None
+    core_minimum_p: float | None
     exclusive: tuple[SetEffect, ...]
     exclusive_statistic: float | None
     exclusive_p: float | None
@@ -119,7 +124,7 @@ class InterventionTable:
     @property
     def core_minimum(self) -> float | None:
         """The smallest shift among the members under the core: above 0, it raises all."""
-        return None if self.core is None else min(self.core.shifts[word] for word in self.sets.members)
+        return None if self.core is None else _core_minimum(self.core, self.sets)
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -196,7 +201,10 @@ def intervention_table(
             outcome = steer_to(meter, drawn, kl, start=strength)
             values = [_statistic(row[inside], own) for row in outcome.shifts]
             p_value = permutation_p(statistic, values)
-            random = RandomSets(n_random, tuple(values), outcome.share_reached, outcome.typical_error)
+            rises = [_rise(row[inside], own) for row in outcome.shifts]
+            random = RandomSets(
+                n_random, tuple(values), tuple(rises), outcome.share_reached, outcome.typical_error
+            )
         effects[name] = SetEffect(
             name=name,
             neurons=sets.core if own is None else sets.exclusive[name],
@@ -212,6 +220,9 @@ def intervention_table(
             random=random,
         )
     core = effects.pop(CORE, None)
+    minimum_p = None
+    if core is not None and core.random is not None:
+        minimum_p = permutation_p(_core_minimum(core, sets), core.random.rises)
     exclusive = tuple(effects[word] for word in members if word in effects)
     mean, mean_p = None, None
     if exclusive:
@@ -228,6 +239,7 @@ def intervention_table(
         controls={word: list(controls[word]) for word in every},
         log_probability=dict(zip(every, meter.log_probability.tolist(), strict=True)),
         core=core,
+        core_minimum_p=minimum_p,
         exclusive=exclusive,
         exclusive_statistic=mean,
         exclusive_p=mean_p,
@@ -239,3 +251,12 @@ def _statistic(shifts: Tensor, own: int | None) -> float:
     if own is None:
         return float(shifts.mean())
     return float(shifts[own] - (shifts.sum() - shifts[own]) / (len(shifts) - 1))
+
+
+def _rise(shifts: Tensor, own: int | None) -> float:
+    """Of the members' shifts: the smallest, or for an exclusive set its own."""
+    return float(shifts.min() if own is None else shifts[own])
+
+
+def _core_minimum(core: SetEffect, sets: NeuronSets) -> float:
+    return min(core.shifts[word] for word in sets.members)

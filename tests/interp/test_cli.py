@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -215,6 +216,33 @@ def test_run_that_may_not_be_written_to(
         assert said in " ".join(result.stderr.split()), (arguments, result.stderr)
     assert page.is_file()
     assert contents(fitted) == before
+
+
+def test_compare_counts_changes_by_size(fitted: Path, model_folder: Path, tmp_path: Path) -> None:
+    tuned = tmp_path / "tuned"
+    shutil.copytree(model_folder, tuned)
+    change_weights(tuned, lambda weights: weights["model.layers.0.mlp.up_proj.weight"].mul_(1.5))
+    same = snmf("compare", fitted, model_folder, "--layers", 0)
+    assert same.exit_code == 0, same.output
+    assert "0 of 3 features changed by 0.2 sd or more" in same.stdout
+    assert "0 changes of any size are significant" in same.stdout
+    assert "no feature is used differently on any token" in same.stdout
+    rows = [
+        json.loads(snmf("compare", fitted, tuned, "--layers", 0, "--json", *option).stdout)
+        for option in ((), ("--min-change", 0), ("--min-change", 1e6))
+    ]
+    assert [row["min_change"] for row in rows] == [0.2, 0, 1e6]
+    sizes = sorted(abs(change["standardised"]) for change in rows[0]["changes"])
+    assert sizes[0] > 0
+    for row in rows:
+        sure = [change for change in row["changes"] if change["q_value"] < 0.05]
+        assert row["n_significant"] == len(sure)
+        assert row["n_changed"] == sum(abs(change["standardised"]) >= row["min_change"] for change in sure)
+        assert row["median_size"] == sizes[1]
+    for wrong in ("-1", "nan"):
+        refused = snmf("compare", fitted, tuned, "--min-change", wrong)
+        assert refused.exit_code == 2
+        assert "--min-change: wanted 0 or more standard deviations" in refused.stderr
 
 
 def test_interrupt_says_what_is_kept(fitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:

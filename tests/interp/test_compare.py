@@ -83,6 +83,61 @@ def test_the_same_checkpoint_shows_nothing(
     assert (found.residual_change.low, found.residual_change.high) == (0, 0)
 
 
+def test_a_sure_change_that_is_small_does_not_count_as_changed(
+    make_model: Maker, texts: list[Sample], factors: snmf_kernels.Factorization
+) -> None:
+    """A push of a hundredth of its spread is alike in all texts, and so significant; it is small all the same."""
+    z = torch.as_tensor(factors.Z)[:, 2]
+    spread = float(torch.as_tensor(factors.Y)[2].std() * z.norm())
+    small, large = (
+        compare(factors, make_model(), pushed(make_model(), size * spread * z / z.norm()), texts, LAYER)
+        for size in (0.02, 2)
+    )
+    assert 2 in {change.feature for change in small.significant()}
+    assert small.changed(0.2) == []
+    assert small.median_size < 0.02
+    assert 2 in {change.feature for change in large.changed(0.2)}
+    assert large.median_size == pytest.approx(
+        float(np.median([abs(change.standardised) for change in large.changes]))
+    )
+    # Significant ones alone, of either sign.
+    assert small.changed(0) == small.significant()
+    back = compare(factors, pushed(make_model(), 2 * spread * z / z.norm()), make_model(), texts, LAYER)
+    assert of_feature(back, 2) in back.changed(0.2)
+    with pytest.raises(ValueError, match="by: wanted 0 or more"):
+        small.changed(-1)
+
+
+def test_equal_texts_count_once(
+    make_model: Maker, texts: list[Sample], factors: snmf_kernels.Factorization
+) -> None:
+    z = torch.as_tensor(factors.Z)[:, 0]
+    spread = float(torch.as_tensor(factors.Y)[0].std() * z.norm())
+    generator = np.random.default_rng(1)
+    few = [Sample(f"{i}", " ".join(generator.choice(WORDS, size=6))) for i in range(8)]
+    copies = [Sample(f"{sample.id}/{n}", sample.text.replace(" ", "  ")) for n in range(9) for sample in few]
+    once, often = (
+        compare(
+            factors,
+            make_model(),
+            pushed(make_model(), 0.1 * spread * z / z.norm()),
+            samples,
+            LAYER,
+            sink_threshold=None,
+        )
+        for samples in (few, few + copies)
+    )
+    assert (once.n_texts, once.n_equal) == (8, 0)
+    assert (often.n_texts, often.n_equal) == (8, 72)
+    for change in once.changes:
+        again = of_feature(often, change.feature)
+        assert again.p_value == pytest.approx(change.p_value, rel=1e-2, abs=1e-9)
+        assert again.difference.low == pytest.approx(change.difference.low, rel=1e-2, abs=1e-9)
+        assert len({token.token.sample.partition("/")[0] for token in again.tokens}) == len(again.tokens)
+    with pytest.raises(ValueError, match="at least two texts that are not equal"):
+        compare(factors, make_model(), make_model(), [few[0], copies[0]], LAYER)
+
+
 def test_noise_alone_is_seldom_significant(
     make_model: Maker, texts: list[Sample], factors: snmf_kernels.Factorization
 ) -> None:

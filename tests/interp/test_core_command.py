@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from snmf_interp import core_command
 from snmf_interp.cli import app
-from snmf_interp.core import assign_features
+from snmf_interp.core import assign_features, holm
 from snmf_interp.evaluation import split_texts
 from snmf_interp.runs import Run
 
@@ -44,8 +47,9 @@ def test_page(model_folder: Path, out: Path) -> None:
     shown = " ".join(result.stdout.split())
     assert "8 features: weekdays" in shown
     assert "or more of 3 features" in shown
-    assert "exclusive: " in shown
-    assert "4 sets of the same size" in shown
+    assert "exclusive sets " in shown
+    assert "Random sets: 4 for each set" in shown
+    assert "none is below 1/5 = 0.2" in shown
     # The tokenizer knows three of the seven days.
     assert shown.count("left out") == 4
     assert max(map(len, result.stdout.splitlines())) <= 100
@@ -68,6 +72,10 @@ def test_json(model_folder: Path, out: Path) -> None:
         .flatten()
     )
     assert list(table["sets"]["core"]) == core.tolist()
+    questions = {"core": table["core_minimum_p"], "exclusive": table["exclusive_p"]}
+    tested = {name: p for name, p in questions.items() if p is not None}
+    assert found["corrected"]["questions"] == dict(zip(tested, holm(list(tested.values())), strict=True))
+    assert found["corrected"]["sets"].keys() == {effect["name"] for effect in table["exclusive"]}
     for effect in table["exclusive"]:
         assert effect["random"]["count"] == 4
         assert effect["p_value"] in (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -80,6 +88,67 @@ def test_json(model_folder: Path, out: Path) -> None:
     again = assign_features(scores, [store.corpus.labels[i] for i in first], words)
     assert found["assignment"]["features"] == list(again.features)
     assert len(found["assignment"]["held_out"]) == 7
+
+
+@pytest.fixture
+def shown_as(model_folder: Path, out: Path) -> Iterator[Any]:
+    """What the command shows where every exclusive set raises all words, its own by so much more than the others."""
+    path = next((out / "tiny-layer-1").rglob("weekdays.json"))
+    before = path.read_text()
+
+    def show(more: float, p: float, random_more: float = 0.0) -> str:
+        content = json.loads(before)
+        table = content["table"]
+        effect = table["exclusive"][0]
+        table["exclusive"] = []
+        for word in table["words"]:
+            shifts = {other: 1.0 + more * (other == word) for other in table["words"]}
+            random = effect["random"] | {"statistics": [random_more] * 4, "rises": [1.0, 1.0, 1.0, -1.0]}
+            table["exclusive"].append(
+                effect | {"name": word, "shifts": shifts, "statistic": more, "random": random, "p_value": p}
+            )
+        table["exclusive_statistic"], table["exclusive_p"] = more, p
+        content["corrected"]["questions"]["exclusive"] = p
+        content["corrected"]["sets"] = dict.fromkeys(table["words"], min(3 * p, 1.0))
+        path.write_text(json.dumps(content))
+        result = snmf("core", model_folder, *TINY, "--out", out)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    yield show
+    path.write_text(before)
+
+
+def test_raising_the_own_word_as_all_others_is_no_finding(shown_as: Any) -> None:
+    shown = shown_as(-0.02, 0.475, 0.1)
+    answer = (
+        "exclusive sets do not raise their own word above the other members: by -0.02 on average, p = 0.47"
+    )
+    # That all raise their own word, which random sets do too, comes after the answer.
+    assert shown.index(answer) < shown.index("raised at all: 3 of 3, and 75% of their random sets")
+    assert "above the other members: 0 of 3, and 100% of their random sets" in shown
+    assert "do not surely raise their own word" in shown_as(0.3, 0.2)
+    assert "exclusive sets raise their own word above the other members: by +0.30" in shown_as(0.3, 0.02)
+
+
+@pytest.mark.parametrize(("value", "width"), [(1.25, 80), (-10.25, 100)])
+def test_twelve_words_fit(value: float, width: int) -> None:
+    words = [f"word{i}" for i in range(12)]
+    effect = {"name": "September", "shifts": dict.fromkeys(words, value)}
+    console = Console(file=StringIO(), width=width)
+    console.print(core_command._shifts({"words": words, "core": None, "exclusive": [effect]}))
+    shown = console.file.getvalue()
+    assert shown.count(f"{value:+.1f}") == 12
+    assert "September" in shown
+
+
+def test_results_of_another_format_are_measured_anew(model_folder: Path, out: Path) -> None:
+    path = next((out / "tiny-layer-1").rglob("weekdays.json"))
+    before = path.read_text()
+    path.write_text(json.dumps({"format": 1, "options": json.loads(before)["options"]}))
+    result = snmf("core", model_folder, *TINY, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert json.loads(path.read_text()) == json.loads(before)
 
 
 def test_kept(model_folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,13 @@ def test_finds_what_is_planted(planted: tuple[LanguageModel, Tensor]) -> None:
     assert all(effect.reached and 0.1 <= effect.kl <= 0.102 * (1 + 1e-6) for effect in effects)
     random = [value for effect in effects if effect.random for value in effect.random.statistics]
     assert len(random) == 4 * 59
+    assert table.core.random is not None
+    # The smallest of some changes is no larger than their mean.
+    rises = table.core.random.rises
+    assert all(rise <= value + 1e-4 for rise, value in zip(rises, table.core.random.statistics, strict=True))
+    as_well = sum(rise >= table.core_minimum for rise in rises)
+    assert table.core_minimum_p == pytest.approx((1 + as_well) / 60)
+    assert table.core_minimum_p <= 0.05
     # Of 24 neurons 9 are planted, so random sets do something, but far less on average.
     assert abs(sum(random) / len(random)) < 0.35 * table.core.statistic
     assert json.loads(json.dumps(table.as_dict()))["core"]["shifts"] == table.core.shifts
@@ -92,7 +99,7 @@ def test_without_a_core(planted: tuple[LanguageModel, Tensor]) -> None:
     Z = Z.clone()
     Z[:3] = 0
     table = intervention_table(model, 0, Z, DAYS, prompts=PROMPTS, n_random=0)
-    assert (table.core, table.core_minimum) == (None, None)
+    assert (table.core, table.core_minimum, table.core_minimum_p) == (None, None, None)
     assert len(table.exclusive) == 3
     assert all(effect.random is effect.p_value is None for effect in table.exclusive)
     assert table.exclusive_p is None
@@ -103,6 +110,7 @@ def test_without_a_core(planted: tuple[LanguageModel, Tensor]) -> None:
     assert table.exclusive == ()
     assert table.exclusive_statistic is None
     assert table.core is not None
+    assert table.core_minimum_p is None
 
 
 def naive(
