@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,7 @@ from .llm_options import (
 )
 
 if TYPE_CHECKING:
+    from .features import Feature
     from .labels import Label
     from .llm import LocalModel, OpenAIModel
 
@@ -57,10 +59,11 @@ def label(
 ) -> None:
     """Name the features of a factorised run.
 
-    Without --model, --base-url and --local by their distinctive words: what they fire on more than the texts
-    would have it, near … for words around it, and the words they make likelier. With one of them by that
-    model, which reads each feature's strongest tokens in context. Labels are kept in DIR/layer_N/labels, and
-    a model's answers in DIR/llm: the same command asks only for what is missing.
+    Without --model, --base-url and --local by their distinctive words: what they fire on more than the texts would
+    have it, near … for words around it. Words alone cannot name what a feature makes likelier: that side is a list of
+    words, measured where snmf features --effects did so. With one of the three options by that model, which reads each
+    feature's strongest tokens in context. Labels are kept in DIR/layer_N/labels, and a model's answers in DIR/llm: the
+    same command asks only for what is missing.
     """
     from . import files
     from .features import by_clarity
@@ -98,10 +101,10 @@ def label(
             continue
         from . import show
 
-        screen.print(
-            show.label_table(features[: top or _SHOWN], labels, screen.width, marks=not screen.is_terminal)
-        )
-        _summary(screen, number, labels, time.perf_counter() - started)
+        shown, marks = features[: top or _SHOWN], not screen.is_terminal
+        screen.print(show.label_table(shown, labels, screen.width, marks=marks))
+        screen.print(show.label_notes(shown, labels, marks=marks))
+        _summary(screen, number, features, labels, time.perf_counter() - started)
     if llm is not None and not as_json:
         screen.print(Text(_costs(llm), style="dim"), soft_wrap=True)
     if reasons:
@@ -118,15 +121,33 @@ def label(
         )
 
 
-def _summary(screen: Any, layer: int, labels: list[Label], seconds: float) -> None:
-    counts = (
-        (sum(label.clear for label in labels), "clear"),
-        (sum(not label.clear and not label.is_missing for label in labels), "not clear"),
-        (sum(label.is_missing for label in labels), "missing"),
-    )
-    shown = ", ".join(f"{count} {name}" for count, name in counts if count)
-    number = f"{len(labels)} label{'s'[: len(labels) != 1]}"
-    terminal.done(screen, f"layer {layer}: {number} by {labels[0].source}: {shown}", seconds)
+def _summary(
+    screen: Any, layer: int, features: Sequence[Feature], labels: Sequence[Label], seconds: float
+) -> None:
+    from .features import WORDS
+    from .labels import count_labels
+
+    source = labels[0].source
+    parts = []
+    for side, of in (("input", "what they fire on"), ("output", "what they make likelier")):
+        own = [label for label in labels if label.side == side]
+        if not own:
+            continue
+        n = f"{len(own)} feature{'s'[: len(own) != 1]}"
+        has = "has" if len(own) == 1 else "have"
+        if own[0].is_list:
+            lists = [feature for feature, label in zip(features, own, strict=True) if label.text is not None]
+            measured = sum(feature.effects is not None for feature in lists)
+            parts.append(
+                f"{len(lists)} of {n} {has} a list of words for {of} ({measured} measured, {len(lists) - measured} "
+                "by the logit lens)"
+            )
+            continue
+        count = count_labels(own)
+        kind = "a clear name" if source == WORDS else "a name"
+        missing = f", {count['missing']} missing" if count["missing"] else ""
+        parts.append(f"{count['clear']} of {n} {has} {kind} by {source} for {of}{missing}")
+    terminal.done(screen, f"layer {layer}: {'; '.join(parts)}", seconds)
 
 
 def _costs(llm: OpenAIModel | LocalModel) -> str:

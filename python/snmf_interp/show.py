@@ -219,14 +219,45 @@ def label_table(features: Sequence[Feature], labels: Iterable[Label], width: int
             name.append(f"\n{visible(feature.concept).replace('_', ' ')}", style="cyan")
             name.append(f" {feature.concept_precision:.2f}", style="dim")
         cells = [found.get((feature.layer, feature.index, side)) for side in sides]
-        table.add_row(name, *(_label_text(cell, marks=marks) for cell in cells))
+        table.add_row(name, *(_label_text(cell, feature, marks=marks) for cell in cells))
     return table
 
 
-def _label_text(label: Label | None, *, marks: bool) -> Text:
+def label_notes(features: Sequence[Feature], labels: Iterable[Label], *, marks: bool) -> Text:
+    """What the signs in :func:`label_table` say; empty where there are none."""
+    shown = {(feature.layer, feature.index): feature for feature in features}
+    here = [label for label in labels if (label.layer, label.index) in shown and label.text is not None]
+    lists = [shown[label.layer, label.index] for label in here if label.is_list]
+    notes = []
+    if any(not (label.clear or label.is_list) for label in here):
+        sign = "?" if marks else "grey"
+        notes.append(
+            f"{sign}: words that stand out from the texts no more than those of random tokens may; with more texts "
+            "more names are clear."
+        )
+    if any(feature.effects is not None for feature in lists):
+        notes.append(
+            "→: a list of words whose rise was measured; words alone do not say what they have in common."
+        )
+    lens = [feature for feature in lists if feature.effects is None]
+    if lens:
+        agreement = lens[0].lens_agreement
+        trust = (
+            "mostly wrong in early and middle layers; `snmf features --effects` measures them"
+            if agreement is None
+            else f"whose rank correlation with measured effects in this layer is {agreement:.2f}"
+        )
+        notes.append(f"lens →: a list of words by the logit lens, {trust}.")
+    return Text(" ".join(notes), style="dim")
+
+
+def _label_text(label: Label | None, feature: Feature, *, marks: bool) -> Text:
     """Dim where it is not clear, red where it is missing."""
     if label is None:
         return Text()
+    if label.is_list:
+        arrow = "→ " if feature.effects is not None else "lens → "
+        return Text.assemble((arrow, "magenta"), visible(label.text)) if label.text is not None else Text("–")
     if label.is_missing:
         return Text(f"missing: {visible(label.reason or '')}", style="red")
     if label.text is None:
@@ -285,14 +316,16 @@ def _words_line(head: str, words: Sequence[tuple[str, float]]) -> Text:
     return text
 
 
+# Over a column of :func:`feature_words`.
+FEATURE_WORDS = "name, concept (AP) · words"
+
+
 def feature_words(feature: Feature) -> Text:
     """One line on what a feature stands for: its name, its concept, if it has one, and the words that it fires on."""
     if not feature.tokens:
-        return Text("nowhere", style="dim", no_wrap=True, overflow="ellipsis")
-    text = Text(no_wrap=True, overflow="ellipsis")
+        return Text("fires nowhere", style="dim", no_wrap=True, overflow="ellipsis")
+    text = Text(visible(feature.name), style="green", no_wrap=True, overflow="ellipsis")
     if feature.concept:
-        name = visible(feature.concept).replace("_", " ")
-        text.append(f"{name} {feature.concept_precision:.2f}  ", style="bold cyan")
-    return text.append(visible(feature.name), style="green").append(
-        f"  {counted_words(feature)}", style="dim"
-    )
+        text.append(f"  {visible(feature.concept).replace('_', ' ')}", style="bold cyan")
+        text.append(f" {feature.concept_precision:.2f}", style="dim")
+    return text.append(f"  · {counted_words(feature)}", style="dim")

@@ -28,14 +28,23 @@ def test_words(fitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: 
     assert result.exit_code == 0, result.output
     assert "fires on" in result.stdout
     assert "makes likelier" in result.stdout
-    assert "✓ layer 1: 6 labels by words" in result.stdout
+    said = " ".join(result.stdout.split())
+    clear = [row["clear"] for row in rows(snmf("label", fitted, "--layers", 1, "--side", "input", "--json"))]
+    assert f"✓ layer 1: {sum(clear)} of 3 features have a clear name by words for what they fire on" in said
+    # The other side has no names by words, and none that could fail.
+    assert "not clear" not in said
+    assert "of 3 features have a list of words for what they make likelier (0 measured" in said
+    manifest = json.loads((fitted / "layer_1" / "labels" / "words.json").read_text())["counts"]
+    assert manifest["input"] == {"clear": sum(clear), "not clear": 3 - sum(clear), "missing": 0}
+    assert manifest["output"].keys() == {"lists", "empty"}
+    assert sum(manifest["output"].values()) == 3
     kept = rows(snmf("label", fitted, "--layers", 1, "--json"))
     assert [(row["index"], row["side"]) for row in kept].count((2, "output")) == 1
     assert len((fitted / "layer_1" / "labels" / "words.jsonl").read_text().splitlines()) == 6
     # Features and words are there: neither the model nor its tokenizer is needed again.
     monkeypatch.setattr(Run, "load_model", lambda *_a, **_o: pytest.fail("loaded the model"))
     one = snmf("label", fitted, "--layers", 1, "--side", "input", "--top", 1)
-    assert "1 label by words" in one.stdout
+    assert "of 1 feature has a clear name by words for what they fire on" in " ".join(one.stdout.split())
     assert "makes likelier" not in one.stdout
 
 
@@ -92,7 +101,9 @@ def test_garbage_of_a_local_model_is_missing(fitted: Path, model_folder: Path) -
     assert result.exit_code == 1
     assert "3 of 3 answers are missing" in " ".join(result.stderr.split())
     assert result.stderr.startswith("error: RuntimeError")
-    assert "3 missing" in " ".join(result.stdout.split())
+    said = " ".join(result.stdout.split())
+    assert "0 of 3 features have a name by" in said
+    assert "for what they fire on, 3 missing" in said
 
 
 def test_bad_input_is_one_line_and_exit_code_2(fitted: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -4,10 +4,12 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from snmf_interp import prompts
 from snmf_interp.answers import Answer, Request
@@ -22,6 +24,7 @@ from snmf_interp.labels import (
     read_labels,
     write_labels,
 )
+from snmf_interp.show import label_notes, label_table
 from snmf_interp.words import (
     count_words,
     input_words,
@@ -311,6 +314,50 @@ class TestModel:
             label_features([], sides=["top"])
         with pytest.raises(ValueError, match="shown: wanted at least 1"):
             label_features([], shown=0)
+
+
+class TestTable:
+    """What the terminal shows of labels by words: names, and lists that are no names."""
+
+    EFFECTS = WordEffects(((" wasp", 0.7),), (), 1.0, 0.25, True, 0.05)
+
+    def shown(self, features: list[Feature], labels: list[Label], *, marks: bool) -> str:
+        console = Console(file=StringIO(), width=100)
+        console.print(label_table(features, labels, 100, marks=marks))
+        console.print(label_notes(features, labels, marks=marks))
+        return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+
+    def test_lists_are_not_marked_as_unclear(self) -> None:
+        features = [
+            feature([], 0, effects=self.EFFECTS, lens_agreement=0.5),
+            feature([], 1, lens_agreement=0.5),
+        ]
+        labels = [
+            Label(3, 0, "input", "days", True, "words"),
+            Label(3, 0, "output", "wasp", False, "words"),
+            Label(3, 1, "input", "some, words", False, "words"),
+            Label(3, 1, "output", "hive", False, "words"),
+        ]
+        shown = self.shown(features, labels, marks=True)
+        assert "days → wasp" in shown
+        assert "? some, words lens → hive" in shown
+        assert "?: words that stand out" in shown
+        assert "→: a list of words whose rise was measured" in shown
+        assert "correlation with measured effects in this layer is 0.50" in shown
+        on_terminal = self.shown(features, labels, marks=False)
+        assert "?" not in on_terminal
+        assert "grey: words that stand out" in on_terminal
+        # What is not shown needs no legend.
+        assert "?:" not in self.shown(features[:1], labels, marks=True)
+        assert "lens" not in self.shown(features[:1], labels, marks=True)
+
+    def test_names_of_a_model_need_no_legend(self) -> None:
+        labels = [Label(3, 0, "output", "insects", True, "m"), Label(3, 1, "output", None, False, "m")]
+        shown = self.shown([feature([], 0, effects=self.EFFECTS), feature([], 1)], labels, marks=True)
+        assert "insects" in shown
+        assert "no clear concept" in shown
+        assert "→" not in shown
+        assert "?" not in shown
 
 
 class TestFile:
