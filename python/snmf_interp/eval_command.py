@@ -404,17 +404,40 @@ def _concepts(given: str, trial: Trial, seed: int) -> tuple[str, ...]:
     if not given.isdigit():
         names = _names(given)
         if unknown := [name for name in names if name not in trial.words]:
-            known = ", ".join(sorted(trial.words)) or "none"
-            raise ValueError(
-                f"--concepts: there are no words by which to score {unknown[0]!r}; there are {known}"
-            )
+            if unknown[0] in trial.labels:
+                raise ValueError(f"--concepts: got {unknown[0]!r}, but {_scorable(trial)}")
+            known = _listed(sorted(trial.words))
+            raise ValueError(f"--concepts: no text has the label {unknown[0]!r}; wanted some of {known}")
         return names
     count = int(given)
     if count > len(trial.words):
-        raise ValueError(
-            f"--concepts: {len(trial.words)} concepts of these texts have words of their own, got {count}"
-        )
+        raise ValueError(f"--concepts: wanted at most {len(trial.words)}, got {count}; {_scorable(trial)}")
     return tuple(random.Random(seed).sample(sorted(trial.words), count))
+
+
+def _scorable(trial: Trial) -> str:
+    """Which concepts have words to score text by, why the others have none, and what to do."""
+    from .rivals import LEAST_WORDS
+
+    lacking = sorted({label for label in trial.labels if label is not None} - trial.words.keys())
+    why, remedy = (
+        ("for the bundled list of words leaves them out", "Ask")
+        if trial.has_bundled_words
+        else (
+            f"for fewer than {LEAST_WORDS} words set their training texts apart from the others",
+            "Collect more texts with these labels, or ask",
+        )
+    )
+    cannot = f"; not for {_listed(lacking)}, {why}" if lacking else ""
+    return (
+        f"there are words to score text by for {_listed(sorted(trial.words))}{cannot}. {remedy} for fewer or other "
+        "concepts; --concepts 0 measures detection alone"
+    )
+
+
+def _listed(names: Sequence[str], most: int = 10) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + rest
 
 
 def _scorers(trial: Trial, llm: Any) -> tuple[list[Scorer], Qualification | None]:

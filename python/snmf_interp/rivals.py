@@ -74,6 +74,8 @@ RIVALS = ("diffmeans", "sae", "neuron", "random", "permuted", *VARIANTS)
 _ACTIVE_SHARES = (0.02, 0.05, 0.1, 0.3)
 # Best detectors that are kept for each concept, as candidates for steering.
 _MATCHES = 20
+# Words of its own that a concept must have for text to be scored by them.
+LEAST_WORDS = 3
 _WORDS = "concept_words.json"
 # Of how the numbers in detection.json are computed; those of another version are computed again.
 _DETECTION_VERSION = "1"
@@ -208,20 +210,25 @@ class Trial:
         """Which texts are training texts, ``[n_texts]`` bool; equal ones are on one side."""
         return split_texts(self.labels, groups=self.run.store().corpus.groups, seed=self.plan.seed)
 
+    @property
+    def has_bundled_words(self) -> bool:
+        """Whether :attr:`words` are those bundled with the corpus."""
+        return bool(self.run.config["texts"]["source"] == "concepts")
+
     @cached_property
     def words(self) -> dict[str, tuple[str, ...]]:
         """The words by which steered text is told to be about a concept; only concepts that have some.
 
         For the bundled corpus a bundled list, written from the concepts' names before anything was steered: its
         texts are too few and too varied to have words of their own. Else :func:`concept_words` of the training
-        texts, of concepts with at least three.
+        texts, of concepts with at least :data:`LEAST_WORDS`.
         """
         known = {label for label in self.labels if label is not None}
-        if self.run.config["texts"]["source"] == "concepts":
+        if self.has_bundled_words:
             bundled = bundled_words()
             return {name: words for name, words in bundled.items() if name in known}
         found = concept_words(self.texts, self.labels, self.train)
-        return {name: words for name, words in found.items() if len(words) >= 3}
+        return {name: words for name, words in found.items() if len(words) >= LEAST_WORDS}
 
     @cached_property
     def _hard(self) -> dict[str, Tensor]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from snmf_interp import label_trial, rivals
+from snmf_interp import eval_command, label_trial, rivals
 from snmf_interp.judging import gold_set
 
 from .endpoint import Reply, completion, serve
@@ -151,8 +152,8 @@ def test_other_options_are_refused(run: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--concepts", "ships"), "no words by which to score 'ships'"),
-        (("--concepts", "9"), "3 concepts of these texts"),
+        (("--concepts", "ships"), "no text has the label 'ships'; wanted some of "),
+        (("--concepts", "9"), "--concepts: wanted at most 3, got 9; there are words to score text by for "),
         (("--against", "magic"), "against: wanted some of"),
         (("--neuron-scale", "max"), "--neuron-scale: wanted rms or none"),
         (("--model-dtype", "float32"), "--model-dtype: "),
@@ -164,6 +165,30 @@ def test_bad_options(run: Path, options: tuple[str, str], message: str) -> None:
     result = snmf("eval", run, *SHORT, *options)
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("bundled", "why", "what_to_do"),
+    [
+        (False, "fewer than 3 words set their training texts apart", "Collect more texts with these labels"),
+        (True, "the bundled list of words leaves them out", "Ask for fewer or other concepts"),
+    ],
+)
+@pytest.mark.parametrize("given", ["3", "birds"])
+def test_concepts_without_words(given: str, bundled: bool, why: str, what_to_do: str) -> None:
+    """What can be asked for, what cannot, and why."""
+    trial: Any = SimpleNamespace(
+        words={"days": ("Monday",), "cats": ("purr",)},
+        labels=["birds", "days", "cats", "birds", None],
+        has_bundled_words=bundled,
+    )
+    with pytest.raises(ValueError, match="--concepts: ") as error:
+        eval_command._concepts(given, trial, 0)
+    message = str(error.value)
+    assert "words to score text by for cats, days; not for birds, " in message
+    assert why in message
+    assert what_to_do in message
+    assert "\n" not in message
 
 
 def test_a_judge(run: Path) -> None:
