@@ -54,7 +54,8 @@ TrustOption = Annotated[
     typer.Option(
         "--trust-remote-code",
         envvar="SNMF_TRUST_REMOTE_CODE",
-        help="Let the Hub repository run its own code. Commands on a run of such a model ask for the variable too.",
+        help="Let the Hub repository run its own code. Commands on a run of such a model have no option for "
+        "it: set the variable to 1.",
     ),
 ]
 

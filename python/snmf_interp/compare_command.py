@@ -191,9 +191,9 @@ def _page(
 
     residual = difference.residual_change
     covered = (
-        "the basis covers it less well"
+        f"{residual.value:.2%} more of the energy is unexplained"
         if residual.low > 0
-        else "the basis covers it better"
+        else f"{-residual.value:.2%} less of the energy is unexplained"
         if residual.high < 0
         else "no clear change"
     )
@@ -235,21 +235,16 @@ def _headline(difference: Difference, min_change: float) -> list[tuple[str, str]
     lines = [
         (f"{len(changed)} of {len(changes)} features changed by {min_change:g} sd or more\n", "bold"),
         (
-            f"  sizes: median {difference.median_size:.2g} sd, largest {largest:.2g} sd; "
-            f"{len(difference.significant())} changes of any size are significant\n",
+            f"  size: median {difference.median_size:.2g} sd, largest {largest:.2g} sd\n"
+            f"  significant, of any size: {len(difference.significant())}\n",
             "",
         ),
     ]
     if moved:
         least = min(moved, key=lambda change: change.correlation)
-        lines.append(
-            (
-                f"  correlation of a feature's use over tokens: median "
-                f"{statistics.median(change.correlation for change in moved):.2f}, lowest {least.correlation:.2f} "
-                f"(feature {least.feature})\n",
-                "",
-            )
-        )
+        middle = statistics.median(change.correlation for change in moved)
+        line = f"  r: median {middle:.2f}, lowest {least.correlation:.2f} (feature {least.feature})\n"
+        lines.append((line, ""))
     return lines
 
 

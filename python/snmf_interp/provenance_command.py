@@ -87,7 +87,8 @@ def neuron(
     screen.print(title)
     screen.print(
         Text(
-            f"a neuron of this layer is in {float(usual.mean()):.1f}, at most in {int(usual.max())}\n",
+            f"a neuron of this layer is in {float(usual.mean()):.1f} features on average, and in {int(usual.max())} at "
+            "most\n",
             style="dim",
         )
     )
@@ -203,17 +204,17 @@ def nearest(
     screen = terminal.console()
     load_other = load if same else terminal.loader(searched, device)
     described = {n: searched.features(n, load_other) for n in {row.layer for row in found}}
-    kind = {
-        "tokens": "correlation over tokens",
-        "direction": "cosine of the directions in the residual stream",
-        "neurons": "cosine of Z",
+    kind, column = {
+        "tokens": ("correlation over tokens", "correlation"),
+        "direction": ("cosine of the directions in the residual stream", "cosine"),
+        "neurons": ("cosine of Z", "cosine"),
     }[by]
     here = opened.features(layer, load)[feature]
     place = "" if other is None else f" in {other}"
     title = Text.assemble((f"\n{layer}/{feature}  ", "bold"), show.feature_words(here))
     screen.print(title, no_wrap=True, overflow="ellipsis")
     screen.print(Text(f"\nnearest{place} by {kind}\n", style="bold"))
-    screen.print(_neighbour_table(found, described, screen.width))
+    screen.print(_neighbour_table(found, described, column, screen.width))
 
 
 def _neuron_table(parts: FeatureNeurons, counts: Sequence[int], top: int) -> Table:
@@ -232,8 +233,8 @@ def _neuron_table(parts: FeatureNeurons, counts: Sequence[int], top: int) -> Tab
 def _concentration(parts: FeatureNeurons, top: int) -> str:
     left = len(parts.neurons) - top
     return (
-        f"\n{len(parts.neurons)} neurons{f', {left} not shown' if left > 0 else ''}; as concentrated as "
-        f"{parts.effective_neurons:.1f} of equal weight; ‖z‖ = {parts.norm:.3g}"
+        f"\n{len(parts.neurons)} neurons{f', {left} not shown' if left > 0 else ''}. The weights are as concentrated "
+        f"as those of {parts.effective_neurons:.1f} neurons of equal weight. ‖z‖ = {parts.norm:.3g}"
     )
 
 
@@ -241,7 +242,7 @@ def _use_table(uses: Sequence[Use], features: Sequence[Feature], width: int) -> 
     from . import show
 
     table = _plain_table("feature", "weight", "of ‖z‖²", "rank", "explained", width=width)
-    table.add_column("where it fires", no_wrap=True, overflow="ellipsis", ratio=1)
+    table.add_column(show.FEATURE_WORDS, no_wrap=True, overflow="ellipsis", ratio=1)
     for use in uses:
         described = features[use.feature]
         table.add_row(
@@ -257,13 +258,15 @@ def _use_table(uses: Sequence[Use], features: Sequence[Feature], width: int) -> 
 
 def _pair(pair: PairOverlap) -> Text:
     text = Text.assemble(
-        f"\n{len(pair.shared)} shared neurons of {pair.sizes[0]} and {pair.sizes[1]} (Jaccard {pair.jaccard:.2f}); "
-        f"random groups share {pair.expected:.2g}, as many or more with probability {pair.p_value:.2g}\n"
-        f"cosine of Z {pair.cosine:+.2f}, "
+        f"\nshared neurons           {len(pair.shared)} of {pair.sizes[0]} and {pair.sizes[1]} (Jaccard "
+        f"{pair.jaccard:.2f})\n"
+        f"  by chance              {pair.expected:.2g} on average; so many or more with probability "
+        f"{pair.p_value:.2g}\n"
+        f"cosine of Z              {pair.cosine:+.2f}\n"
     )
     if pair.direction_cosine is not None:
-        text.append(f"of what they write {pair.direction_cosine:+.2f}, ")
-    return text.append(f"correlation over tokens {pair.correlation:+.2f}\n")
+        text.append(f"  of what they write     {pair.direction_cosine:+.2f}\n")
+    return text.append(f"correlation over tokens  {pair.correlation:+.2f}\n")
 
 
 def _shared_table(pair: PairOverlap) -> Table:
@@ -275,11 +278,13 @@ def _shared_table(pair: PairOverlap) -> Table:
     return table
 
 
-def _neighbour_table(found: Sequence[Neighbour], described: dict[int, list[Feature]], width: int) -> Table:
+def _neighbour_table(
+    found: Sequence[Neighbour], described: dict[int, list[Feature]], column: str, width: int
+) -> Table:
     from . import show
 
-    table = _plain_table("feature", "", width=width)
-    table.add_column("where it fires", no_wrap=True, overflow="ellipsis", ratio=1)
+    table = _plain_table("feature", column, width=width)
+    table.add_column(show.FEATURE_WORDS, no_wrap=True, overflow="ellipsis", ratio=1)
     for row in found:
         table.add_row(
             Text(f"{row.layer}/{row.feature}"),

@@ -178,15 +178,15 @@ def _summary(report: Stability, features: Sequence[Feature], layer: int) -> Text
     found = report.recurrence
     text = Text.assemble(
         (f"\nLayer {layer}, {report.k} features from {len(report.seeds)} starts\n\n", "bold"),
-        f"found by another start    {report.mean_recurrence:.2f}{error} of the features, cosine of Z at least "
-        f"{report.threshold:g}\n",
-        f"  by chance               {report.chance.features:.2f} with each neuron's weights dealt to other features\n",
-        f"                          {report.chance.neurons:.2f} with each feature's weights at other neurons\n",
-        f"of this fit's features    {int((found == 1).sum())} are in all {others} others, "
+        f"found by another start    {report.mean_recurrence:.2f}{error} of the features (cosine of Z at least "
+        f"{report.threshold:g})\n",
+        f"  by chance               {report.chance.features:.2f} where each neuron's weights are shuffled\n",
+        f"                          {report.chance.neurons:.2f} where each feature's weights are shuffled\n",
+        f"of this fit's features    {int((found == 1).sum())} are in all {others} other fits, "
         f"{int((found == 0).sum())} in none\n",
         f"dead features             {_counts(report.dead)}\n",
-        f"duplicates                {_counts(report.n_duplicates)}, pairs with a cosine of at least "
-        f"{report.duplicate_threshold:g}\n",
+        f"duplicates                {_counts(report.n_duplicates)} (pairs with a cosine of at least "
+        f"{report.duplicate_threshold:g})\n",
     )
     for pair in report.duplicates[:5]:
         text.append(f"                          {pair.first} and {pair.second}, cosine {pair.cosine:.2f}\n")
@@ -199,7 +199,8 @@ def _summary(report: Stability, features: Sequence[Feature], layer: int) -> Text
             what = "mean clarity"
             high, low = (f"{sum(f.clarity for f in group) / len(group):.2f}" for group in groups)
         text.append(
-            f"{what:<25} {high} of the {len(groups[0])} features that half of the others have, {low} of the rest\n"
+            f"{what:<25} {high} of the {len(groups[0])} features found by half of the other fits\n"
+            f"{'':<25} {low} of the rest\n"
         )
     return text
 
@@ -210,7 +211,7 @@ def _table(report: Stability, features: Sequence[Feature], order: Sequence[int],
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", width=width)
     for name in ("feature", "found in", "cosine", "on tokens"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("where it fires", no_wrap=True, overflow="ellipsis", ratio=1)
+    table.add_column(show.FEATURE_WORDS, no_wrap=True, overflow="ellipsis", ratio=1)
     others = len(report.seeds) - 1
     for i in order:
         found = round(float(report.recurrence[i]) * others)
@@ -225,7 +226,7 @@ def _table(report: Stability, features: Sequence[Feature], order: Sequence[int],
 
 
 def _counts(values: Sequence[int]) -> str:
-    return "none" if not any(values) else f"{', '.join(map(str, values))} (one number a start)"
+    return "none" if not any(values) else f"{', '.join(map(str, values))} by start"
 
 
 def _as_dict(report: Stability, layer: int) -> dict[str, Any]:

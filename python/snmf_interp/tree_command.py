@@ -119,7 +119,13 @@ def tree(
     coarsest = [place for place in graph.roots if place[0] == len(sizes) - 1]
     shown = coarsest[: top or None]
     screen.print(graph.to_text(shown))
-    screen.print(Text("\n% of its siblings' weights; ↑: its children are shown above", style="dim"))
+    legend = "%: a child's weight as a share of the weights of all that are shown beside it. ↑: its children are above."
+    if descriptions and any(description.concept for description in descriptions.values()):
+        legend += (
+            " A name is followed by the concept, if there is one, that the feature tells better than chance, and its "
+            "average precision."
+        )
+    screen.print(Text(f"\n{legend}", style="dim"))
     rest = [f"{len(coarsest) - len(shown)} more of level {len(sizes) - 1} (--top 0 shows all)"] * (
         len(shown) < len(coarsest)
     )

@@ -45,10 +45,11 @@ def show_detection(screen: Console, trial: Trial, layer: int, rows: Sequence[Det
     moves = f"; {_moves(rows[0])}" if len(seeds) > 1 else ""
     screen.print(
         Text(
-            f"{interval_note(seeds)}{moves}. {held_out} held-out texts{together}. AUROC and probe: 0.5 is chance. "
-            "Hard: against the texts of other concepts that share most words, which are longer: chance is what "
-            "permuted labels have. Choices: directions among which each concept takes its best on the training texts. "
-            f"* {detected_note(rows)}",
+            f"{interval_note(seeds)}{moves}. {held_out} held-out texts{together}. AUROC: how often a text of the concept "
+            "scores above one of another; chance is 0.5. Hard AUROC: the other texts are those that share most words with "
+            "the concept's. They are longer, so that chance is not 0.5, but what permuted labels have. Probe: the "
+            "balanced accuracy of a threshold; chance is 0.5. Choices: from so many directions each concept takes the one "
+            f"that is best on the training texts. * {detected_note(rows)}",
             style="dim",
         )
     )
@@ -105,14 +106,14 @@ def _show_steering(screen: Console, title: str, rows: Sequence[SteeringSummary])
     screen.print(table)
     missing = max(row.missing for row in rows)
     line = (
-        f"{rows[0].n} pairs of concept and layer, 95 % intervals over concepts; scores are 0 to 2. Other concepts: the "
-        "same texts scored for all concepts that were not steered to. random is the level of chance: random groups of "
-        "as many neurons, whose direction is chosen by the same rule"
+        f"Means over {rows[0].n} pairs of concept and layer, with 95 % intervals over concepts; scores are 0 to 2. "
+        "Other concepts: the score of the same texts for the concepts that were not steered to. random: random groups "
+        "of as many neurons, chosen for each concept by the same rule; this is the level of chance."
     )
     if rows[0].dropped:
-        line += f". {rows[0].dropped} pairs are left out, which some method lacks or could not be scored on"
+        line += f" {rows[0].dropped} pairs are left out: a method lacks them, or could not be scored on them."
     if missing:
-        line += f". Up to {missing:.0%} of a method's texts have no score"
+        line += f" Up to {missing:.0%} of a method's texts have no score."
     screen.print(Text(line, style="dim"))
 
 
@@ -148,16 +149,18 @@ def show_immediate(screen: Console, title: str, rows: Sequence[ImmediateSummary]
     screen.print(table)
     least = min(rows, key=lambda row: row.reached)
     unreached = (
-        f". * Not reached for all: {least.method} reached {least.target:g} nats for {least.reached:.0%} of the pairs"
+        f" *: not all pairs reached this divergence; {least.method} reached {least.target:g} nats for "
+        f"{least.reached:.0%}."
         if least.reached < 1
         else ""
     )
     screen.print(
         Text(
-            f"{rows[0].n} pairs of concept and layer. By how much the logits of the concept's words rise above those "
-            "of words that were as likely, on the reporting prompts; grey where the 95 % interval over concepts holds "
-            f"0. Others: the rise of the other concepts' words at {targets[-1]:g} nats. random is the level of chance: "
-            f"its direction is chosen by the same rule{unreached}",
+            f"Values: by how much the logits of the concept's words rise above those of words that were as likely "
+            f"before. They are means over {rows[0].n} pairs of concept and layer, on prompts on which nothing was "
+            "chosen; grey where the 95 % interval over concepts holds 0. Others: the rise of the other concepts' words "
+            f"at {targets[-1]:g} nats. random: random groups of neurons, chosen for each concept by the same rule; "
+            f"this is the level of chance.{unreached}",
             style="dim",
         )
     )

@@ -225,7 +225,7 @@ def test_compare_counts_changes_by_size(fitted: Path, model_folder: Path, tmp_pa
     same = snmf("compare", fitted, model_folder, "--layers", 0)
     assert same.exit_code == 0, same.output
     assert "0 of 3 features changed by 0.2 sd or more" in same.stdout
-    assert "0 changes of any size are significant" in same.stdout
+    assert "significant, of any size: 0" in same.stdout
     assert "no feature is used differently on any token" in same.stdout
     rows = [
         json.loads(snmf("compare", fitted, tuned, "--layers", 0, "--json", *option).stdout)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,10 @@ from typer.testing import CliRunner
 import snmf_kernels
 from snmf_interp import LanguageModel, NeuronIndex
 from snmf_interp.cli import app
+from snmf_interp.features import Feature
 from snmf_interp.runs import Run
+
+from .test_models import change_weights
 
 Maker = Callable[..., LanguageModel]
 TEXTS = {
@@ -228,3 +233,43 @@ def test_bad_input_is_one_line_and_exit_code_2(run: Path, model_folder: Path, tm
         assert message in " ".join(result.stderr.split()), (arguments, result.stderr)
         assert result.stderr.startswith("error: ")
         assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_features_are_called_the_same_everywhere(
+    run: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    """By name, then the concept where there is one."""
+    real = Run.features
+
+    def called(self: Run, *arguments: Any, **options: Any) -> list[Feature]:
+        return [
+            replace(
+                feature,
+                name=f"name{feature.index}",
+                concept=f"some_concept{feature.index}" if named else None,
+                concept_precision=0.75 if named else 0.0,
+            )
+            for feature in real(self, *arguments, **options)
+        ]
+
+    monkeypatch.setattr(Run, "features", called)
+    used = int((torch.as_tensor(Run.open(run).factors(1).Z) != 0).sum(1).argmax())
+    assert snmf("features", run).exit_code == 0
+    live = next(f.index for f in Run.open(run).features(1, lambda: pytest.fail("loaded")) if f.tokens)
+    tuned = model_folder.parent / "tuned"
+    shutil.copytree(model_folder, tuned)
+    change_weights(tuned, lambda weights: weights["model.layers.0.mlp.up_proj.weight"].mul_(1.5))
+    for command in (
+        ("nearest", run, live, "--layers", 1),
+        ("overlap", run, live, live, "--layers", 1),
+        ("neuron", run, "--feature", live, "--layers", 1),
+        ("neuron", run, used, "--layers", 1),
+        ("stability", run, "--layers", 1, "--seeds", 2),
+        ("compare", run, tuned, "--layers", 1),
+    ):
+        page = shown(*command)
+        assert re.search(r"name\d  some concept\d 0\.75  · " if named else r"name\d  · ", page), (
+            command,
+            page,
+        )
