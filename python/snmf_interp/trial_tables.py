@@ -45,11 +45,11 @@ def show_detection(screen: Console, trial: Trial, layer: int, rows: Sequence[Det
     moves = f"; {_moves(rows[0])}" if len(seeds) > 1 else ""
     screen.print(
         Text(
-            f"{interval_note(seeds)}{moves}. {held_out} held-out texts{together}. AUROC: how often a text of the concept "
-            "scores above one of another; chance is 0.5. Hard AUROC: the other texts are those that share most words with "
-            "the concept's. They are longer, so that chance is not 0.5, but what permuted labels have. Probe: the "
-            "balanced accuracy of a threshold; chance is 0.5. Choices: from so many directions each concept takes the one "
-            f"that is best on the training texts. * {detected_note(rows)}",
+            f"{interval_note(seeds)}{moves}. {held_out} held-out texts{together}. AUROC: how often a text of the "
+            "concept scores above one of another; chance is 0.5. Hard AUROC: the other texts are those that share most "
+            "words with the concept's. They are longer, so that chance is not 0.5, but what permuted labels have. Probe: "
+            "the balanced accuracy of a threshold; chance is 0.5. Choices: from so many directions each concept takes the "
+            f"one that is best on the training texts. * {detected_note(rows)}",
             style="dim",
         )
     )
