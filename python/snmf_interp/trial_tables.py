@@ -47,9 +47,9 @@ def show_detection(screen: Console, trial: Trial, layer: int, rows: Sequence[Det
         Text(
             f"{interval_note(seeds)}{moves}. {held_out} held-out texts{together}. AUROC: how often a text of the "
             "concept scores above one of another; chance is 0.5. Hard AUROC: the other texts are those that share most "
-            "words with the concept's. They are longer, so that chance is not 0.5, but what permuted labels have. Probe: "
-            "the balanced accuracy of a threshold; chance is 0.5. Choices: from so many directions each concept takes the "
-            f"one that is best on the training texts. * {detected_note(rows)}",
+            "words with the concept's. They are longer, so that chance is not 0.5, but what permuted labels have. "
+            "Probe: the balanced accuracy of a threshold; chance is 0.5. Choices: from so many directions each concept "
+            f"takes the one that is best on the training texts. * {detected_note(rows)}",
             style="dim",
         )
     )

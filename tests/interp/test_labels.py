@@ -319,7 +319,7 @@ class TestModel:
 class TestTable:
     """What the terminal shows of labels by words: names, and lists that are no names."""
 
-    EFFECTS = WordEffects(((" wasp", 0.7),), (), 1.0, 0.25, True, 0.05)
+    EFFECTS = WordEffects(((" wasp", 0.7),), (), 1.0, 0.25, True, 0.5, 0.05)
 
     def shown(self, features: list[Feature], labels: list[Label], *, marks: bool) -> str:
         console = Console(file=StringIO(), width=100)

@@ -195,7 +195,9 @@ function strengthSection(feature) {
 }
 
 function labelSection(feature) {
-  const state = (label) => (label.reason ? "missing" : label.clear ? "clear" : "not clear");
+  // Words alone cannot tell what a feature makes likelier: they are a list, neither clear nor not.
+  const state = (label) =>
+    label.reason ? "missing" : label.clear ? "clear" : label.source === "words" && label.side === "output" ? "list" : "not clear";
   return section(
     "Labels",
     null,
