@@ -2,11 +2,11 @@
 
     python benchmarks/labels/experiment.py     # results.json and table.md; minutes
 
-For each layer the default fit of the bundled corpus, k = 100. A feature's concept is the label that it ranks best, where it
-does so better than chance. A label by words names it if one of its words is among the words by which text is told to be about that concept (the list
-behind ``snmf eval``: 59 of the 72 concepts have some); chance is the share of pairs of a feature's words with another
-feature's concept that do. Features recur if another start has one of cosine 0.7 or more; chance as ``snmf stability``
-has it, neurons as common and loud as they are and only the groups broken.
+For each layer the default fit of the bundled corpus, k = 100. A feature's concept is the label that it ranks best,
+where it does so better than chance. A label by words names it if one of its words is among the words by which text is
+told to be about that concept (the list behind ``snmf eval``: 59 of the 72 concepts have some); chance is the share of
+pairs of a feature's words with another feature's concept that do. Features recur if another start has one of cosine
+0.7 or more; chance as ``snmf stability`` has it, neurons as common and loud as they are and only the groups broken.
 """
 
 from __future__ import annotations
