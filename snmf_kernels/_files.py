@@ -82,14 +82,36 @@ def read_bundle(
         FileNotFoundError: no such file.
         ValueError: it is damaged, or not such a file.
     """
+    header, tensors = _read(path, key, remedy, with_tensors=True)
+    check(header, tensors)
+    if header.pop("sha256", None) != _checksum(header, tensors):
+        raise ValueError(f"path: {path} does not match its checksum; it is damaged: {remedy}")
+    return header, tensors
+
+
+def read_header(path: Path, key: str, remedy: str) -> dict[str, Any]:
+    """The header alone of a file of ``write_bundle``, whose tensors are not read and whose checksum is not compared.
+
+    Args and errors are those of :func:`read_bundle`.
+    """
+    header, _ = _read(path, key, remedy, with_tensors=False)
+    header.pop("sha256", None)
+    return header
+
+
+def _read(
+    path: Path, key: str, remedy: str, *, with_tensors: bool
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f"path: no file {path}")
+    tensors: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             # Copies, for they begin where torch's own tensors do: on some processors the bits of products depend on
             # it, and what goes on from a file shall end as what was never stopped.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # not a mapping
+            for name in file.keys() if with_tensors else ():  # not a mapping
+                tensors[name] = file.get_tensor(name).clone()
     except SafetensorError as error:
         raise ValueError(f"path: {path} is damaged or no safetensors file ({error}); {remedy}") from error
     if key not in metadata:
@@ -102,9 +124,6 @@ def read_bundle(
         ) from error
     if not isinstance(header, dict):
         raise ValueError(f"path: {path} holds {header!r}, wanted a header of names and values; {remedy}")
-    check(header, tensors)
-    if header.pop("sha256", None) != _checksum(header, tensors):
-        raise ValueError(f"path: {path} does not match its checksum; it is damaged: {remedy}")
     return header, tensors
 
 

@@ -26,20 +26,13 @@ from real_activations import FOLDER
 
 import snmf_kernels
 from snmf_interp import Feature, describe, load_model
-from snmf_interp.effects import KL, PROMPTS, Effects, lens_logits, measure_effects
+from snmf_interp.effects import KL, PROMPTS, Effects, lens_logits, measure_effects, rank_correlation
 from snmf_interp.files import write_json
 from snmf_interp.rivals import bundled_words, collect_run
 
 HERE = Path(__file__).parent
 LAYERS = {"smollm2-135m": (2, 5, 8, 11, 14, 17, 20, 23, 27), "gemma-3-270m": (3, 6, 9, 12, 14, 16)}
 K, DRAWN, LISTED, TOP = 100, 30, 10, 100
-
-
-def correlation(one: torch.Tensor, two: torch.Tensor) -> float:
-    """The median over rows of Spearman's rank correlation."""
-    ranks = [rows.argsort(-1).argsort(-1).double() for rows in (one, two)]
-    first, second = (rows - rows.mean(-1, keepdim=True) for rows in ranks)
-    return float(((first * second).sum(-1) / (first.norm(dim=-1) * second.norm(dim=-1))).median())
 
 
 def excess(effects: Effects) -> torch.Tensor:
@@ -96,7 +89,7 @@ def measure(model_name: str, layers: tuple[int, ...]) -> list[dict[str, Any]]:
                 "lens": whole.agreement,
                 "lens_raised": float(raised.float().mean()),
                 "halves": float(whole.repeatability.median()),
-                "halves_excess": correlation(*above),
+                "halves_excess": float(rank_correlation(*above).median()),
                 "again": sum(again) / len(again),
                 "known": known,
                 "hits": hits,

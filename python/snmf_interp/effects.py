@@ -13,7 +13,7 @@ groups of as many neurons, since some tokens rise whatever is added.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,8 +190,6 @@ class Effects:
             named: :meth:`words` of each feature, so that they can be read without the model's tokenizer.
             record: JSON values that say how the effects were made.
         """
-        from dataclasses import asdict
-
         header = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -217,8 +215,8 @@ class Effects:
         files.write_bundle(path, header, tensors)
 
     @classmethod
-    def load(cls, path: Path) -> tuple[Effects, dict[int, WordEffects], dict[str, Any]]:
-        """Read what :meth:`save` wrote.
+    def load(cls, path: Path) -> tuple[Effects, dict[int, WordEffects]]:
+        """Read what :meth:`save` wrote: the tables, and the words of each feature.
 
         Raises:
             FileNotFoundError: no such file.
@@ -233,8 +231,21 @@ class Effects:
             n_random=header["n_random"],
             **tensors,
         )
-        named = {int(index): WordEffects.from_dict(row) for index, row in header["words"].items()}
-        return effects, named, header["record"]
+        return effects, _words_of(header)
+
+
+def read_words(path: Path) -> dict[int, WordEffects]:
+    """The words of each feature in a file of :meth:`Effects.save`; its tables are not read.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged, or none of :meth:`Effects.save`.
+    """
+    return _words_of(files.read_header(path, _FORMAT, _VERSION))
+
+
+def _words_of(header: dict[str, Any]) -> dict[int, WordEffects]:
+    return {int(index): WordEffects.from_dict(row) for index, row in header["words"].items()}
 
 
 def measure_effects(
@@ -248,6 +259,7 @@ def measure_effects(
     n_random: int = N_RANDOM,
     seed: int = 0,
     batch_size: int = 64,
+    like: Effects | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Effects:
     """Add features to a layer and read what that does to every token's logit behind the prompts.
@@ -267,6 +279,8 @@ def measure_effects(
             :func:`snmf_interp.dictionaries.random_group_vectors`.
         seed: of the random groups.
         batch_size: rows in a forward pass.
+        like: effects of other features of these factors, measured with the same arguments: their random groups are not
+            measured again.
         progress: called with how many directions are done, and how many there are.
 
     Raises:
@@ -286,22 +300,23 @@ def measure_effects(
         raise ValueError(f"indices: there are features 0-{Z.shape[1] - 1}, got {outside[0]}")
     index = torch.tensor([i for i in wanted if bool(Z[:, i].any())], dtype=torch.int64)
     random = random_group_vectors(factors, n_random, seed=seed)
-    directions = torch.cat([random, Z[:, index].T])
+    directions = Z[:, index].T if like is not None else torch.cat([random, Z[:, index].T])
     meter = VocabularyMeter(model, layer, prompts, batch_size, parts=2)
     weights = torch.tensor([(len(prompts) + 1) // 2, len(prompts) // 2]) / len(prompts)
     # One search along the ladder; the others begin where it ended.
-    ((first,),) = solve_each(meter, [directions[0]], (kl,), tolerance=0.1)
+    ((first,),) = solve_each(meter, [random[0]], (kl,), tolerance=0.1)
     rows = []
     for part in directions.split(_TOGETHER):
         steered = steer_to(meter, part, kl, first.strength or 1.0)
         halves = steered.shifts.float().reshape(len(part), 2, -1)
         change = (halves * weights[:, None]).sum(1)
-        repeats = _rank_correlation(halves[:, 0], halves[:, 1])
+        repeats = rank_correlation(halves[:, 0], halves[:, 1])
         rows.append((change, repeats, steered.strength, steered.kl, steered.reached))
         if progress:
             progress(sum(len(row[1]) for row in rows), len(directions))
     every, repeats, strength, divergence, reached = (torch.cat(column) for column in zip(*rows, strict=True))
-    by_chance, change = every.split([n_random, len(index)])
+    n_first = len(directions) - len(index)
+    by_chance, change = every.split([n_first, len(index)])
     lens = lens_logits(model, layer, Z[:, index])
     return Effects(
         layer=layer,
@@ -309,13 +324,13 @@ def measure_effects(
         prompts=tuple(prompts),
         index=index,
         change=change,
-        strength=strength[n_random:].float(),
-        kl=divergence[n_random:].float(),
-        reached=reached[n_random:],
-        repeatability=repeats[n_random:],
-        lens_correlation=_rank_correlation(lens, change),
-        random_mean=by_chance.mean(0),
-        random_deviation=by_chance.std(0),
+        strength=strength[n_first:].float(),
+        kl=divergence[n_first:].float(),
+        reached=reached[n_first:],
+        repeatability=repeats[n_first:],
+        lens_correlation=rank_correlation(lens, change),
+        random_mean=by_chance.mean(0) if like is None else like.random_mean,
+        random_deviation=by_chance.std(0) if like is None else like.random_deviation,
         n_random=n_random,
     )
 
@@ -331,7 +346,7 @@ def lens_logits(model: LanguageModel, layer: int, Z: Tensor) -> Tensor:
         return model.logit_lens((weight @ unit.to(weight.device, weight.dtype)).T).cpu()
 
 
-def _rank_correlation(one: Tensor, two: Tensor) -> Tensor:
+def rank_correlation(one: Tensor, two: Tensor) -> Tensor:
     """Spearman's rank correlation of each pair of rows, ``[m]`` float32; ties take any order."""
     ranks = [rows.argsort(-1).argsort(-1).double() for rows in (one, two)]
     first, second = (rows - rows.mean(-1, keepdim=True) for rows in ranks)

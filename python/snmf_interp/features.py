@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
 import regex
@@ -475,10 +476,9 @@ def _as_tokens(words: Sequence[str]) -> str:
     return " ".join(f"‹{word or '␣'}›" for word in words)
 
 
-def with_effects(
-    features: Sequence[Feature], named: Mapping[int, WordEffects], agreement: float | None
-) -> list[Feature]:
-    """The features with what was measured of them, and of the logit lens in their layer."""
+def with_effects(features: Sequence[Feature], named: Mapping[int, WordEffects]) -> list[Feature]:
+    """The features of a layer with what was measured of them, and with how far that agrees with the logit lens."""
+    agreement = median_low(words.lens_correlation for words in named.values()) if named else None
     return [
         replace(feature, effects=named.get(feature.index), lens_agreement=agreement) for feature in features
     ]

@@ -21,7 +21,7 @@ from snmf_kernels._files import replacing
 
 logger = logging.getLogger(__name__)
 
-_HEADER = "snmf_interp"
+_HEADER, _REMEDY = "snmf_interp", "make it again"
 # In a safetensors file: the CRC-32 of each tensor's bytes, as JSON. It takes 0.3 s a GB, and SHA-256 three times as
 # much; it is to find damage, not forgery.
 _CHECKSUMS = "crc32"
@@ -140,15 +140,25 @@ def read_bundle(path: Path, wanted: str, version: int) -> tuple[dict[str, Any], 
         ValueError: it is damaged, no such file as ``wanted`` names, or of a newer version.
     """
 
-    def check(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        if header.get("format") != wanted:
-            raise ValueError(f"path: {path} holds {header.get('format')!r}, wanted {wanted!r}")
-        if not isinstance(header.get("version"), int) or header["version"] > version:
-            raise ValueError(
-                f"path: {path} has version {header.get('version')!r}, this package reads up to {version}; upgrade it"
-            )
+    return _files.read_bundle(
+        path, _HEADER, lambda header, _: _check_header(path, header, wanted, version), _REMEDY
+    )
 
-    return _files.read_bundle(path, _HEADER, check, "make it again")
+
+def read_header(path: Path, wanted: str, version: int) -> dict[str, Any]:
+    """The header alone of such a file, without reading its tensors; the errors are those of :func:`read_bundle`."""
+    header = _files.read_header(path, _HEADER, _REMEDY)
+    _check_header(path, header, wanted, version)
+    return header
+
+
+def _check_header(path: Path, header: dict[str, Any], wanted: str, version: int) -> None:
+    if header.get("format") != wanted:
+        raise ValueError(f"path: {path} holds {header.get('format')!r}, wanted {wanted!r}")
+    if not isinstance(header.get("version"), int) or header["version"] > version:
+        raise ValueError(
+            f"path: {path} has version {header.get('version')!r}, this package reads up to {version}; upgrade it"
+        )
 
 
 def read_versioned(path: Path, wanted: int) -> dict[str, Any]:

@@ -348,7 +348,7 @@ class Run:
             FileNotFoundError: the layer is not factorised.
             ValueError: the model's weights are not those that the run was collected from.
         """
-        from .effects import Effects
+        from .effects import read_words
         from .features import (
             OutdatedFeaturesError,
             describe,
@@ -376,8 +376,7 @@ class Run:
         features = with_names(features, read_sources(self.labels_folder(layer)))
         if not self.effects_path(layer).is_file():
             return features
-        effects, named, _ = Effects.load(self.effects_path(layer))
-        return with_effects(features, named, effects.agreement)
+        return with_effects(features, read_words(self.effects_path(layer)))
 
     def effects(
         self,
@@ -408,7 +407,7 @@ class Run:
             ValueError: the model's weights are not those that the run was collected from, or an argument is out of
                 range.
         """
-        from .effects import KL, Effects, measure_effects
+        from .effects import KL, N_RANDOM, PROMPTS, Effects, measure_effects
 
         path = self.effects_path(layer)
         self._check_fitted(layer)
@@ -418,8 +417,10 @@ class Run:
         def kept() -> tuple[Effects | None, dict[int, WordEffects]]:
             if not path.is_file():
                 return None, {}
-            there, named, _ = Effects.load(path)
-            return (there, named) if kl in (None, there.target) else (None, {})
+            there, named = Effects.load(path)
+            # Those of a version that measured otherwise cannot stand beside others.
+            same = (there.prompts, there.n_random) == (PROMPTS, N_RANDOM) and kl in (None, there.target)
+            return (there, named) if same else (None, {})
 
         there, named = kept()
         wanted = range(factors.k) if indices is None else indices
@@ -429,7 +430,7 @@ class Run:
             return there
         kl = kl or (KL if there is None else there.target)
         loaded = self._checked(model)
-        found = measure_effects(loaded, layer, factors, missing, kl=kl, progress=progress)
+        found = measure_effects(loaded, layer, factors, missing, kl=kl, like=there, progress=progress)
         words = {index: found.words(loaded, index) for index in found.index.tolist()}
         with files.keeping("effects", self.path), files.locked(path.parent):
             # Another command may have measured others meanwhile, or factorised the layer anew.

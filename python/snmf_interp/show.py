@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from statistics import median_high
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -91,7 +92,7 @@ def table_notes(features: Sequence[Feature], mean_active: float, model: str) -> 
     measured = [feature.effects for feature in features if feature.effects is not None]
     agreement = features[0].lens_agreement if features else None
     if measured:
-        repeats = _median([one.repeatability for one in measured])
+        repeats = median_high(one.repeatability for one in measured)
         notes.append(
             f"→: measured, with the feature added at a divergence of {KL:g} nats, behind {len(PROMPTS)} prompts; words "
             "that rise above what random groups of neurons raise. Behind one half of the prompts and behind the other "
@@ -106,10 +107,6 @@ def table_notes(features: Sequence[Feature], mean_active: float, model: str) -> 
     elif len(measured) < len(features):
         notes.append("lens →: words by the logit lens, which in early and middle layers is mostly wrong.")
     return Text(" ".join(notes), style="dim")
-
-
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def _arrow_legend(features: Sequence[Feature]) -> str:

@@ -240,4 +240,4 @@ def with_effects_of(
 
     named = {feature.index: feature.effects for feature in features if feature.effects is not None}
     named |= {index: effects.words(load(), index) for index in wanted if index in effects.index.tolist()}
-    return with_effects(features, named, effects.agreement)
+    return with_effects(features, named)

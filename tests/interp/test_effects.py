@@ -14,6 +14,7 @@ from torch import Tensor
 
 import snmf_kernels
 from snmf_interp import LanguageModel, Sample, hooks, steer, terminal
+from snmf_interp import effects as effects_module
 from snmf_interp.effects import Effects, lens_logits, measure_effects
 from snmf_interp.runs import Run
 
@@ -130,6 +131,26 @@ def test_some_features_and_then_others(
         joined.words(model, 2)
 
 
+def test_random_groups_are_measured_once(
+    model: LanguageModel, factors: snmf_kernels.Factorization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"kl": 0.02, "prompts": PROMPTS, "n_random": 6}
+    first = measure_effects(model, 1, factors, [3], **options)
+    alone = measure_effects(model, 1, factors, [0], **options)
+    measured: list[int] = []
+    real = effects_module.steer_to
+    monkeypatch.setattr(
+        effects_module,
+        "steer_to",
+        lambda meter, part, *rest: measured.append(len(part)) or real(meter, part, *rest),
+    )
+    other = measure_effects(model, 1, factors, [0], like=first, **options)
+    assert measured == [1]
+    assert torch.equal(other.random_mean, first.random_mean)
+    assert torch.allclose(other.change, alone.change, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(other.strength, alone.strength, rtol=1e-4)
+
+
 def test_unreached_is_said(make_model: Maker, factors: snmf_kernels.Factorization) -> None:
     """Gemma's norm behind the MLP bounds what any strength can do."""
     gemma = make_model("gemma3")
@@ -204,6 +225,20 @@ class TestRun:
         assert [feature.effects is not None for feature in shown] == [True, True, False, False]
         assert shown[0].lens_agreement is not None
         assert run.features(1, model)[0].effects is None
+
+    def test_effects_of_other_prompts_are_measured_anew(
+        self, run: Run, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(effects_module, "PROMPTS", PROMPTS)
+            patch.setattr(
+                effects_module.measure_effects,
+                "__kwdefaults__",
+                {**(effects_module.measure_effects.__kwdefaults__ or {}), "prompts": PROMPTS},
+            )
+            assert run.effects(1, model, [0, 2]).prompts == PROMPTS
+        found = run.effects(1, model, [1])
+        assert (found.prompts, found.index.tolist()) == (effects_module.PROMPTS, [1])
 
     def test_another_divergence_is_another_measurement(self, run: Run, model: LanguageModel) -> None:
         run.effects(1, model)
