@@ -153,8 +153,7 @@ class Effects:
         change = self.change[row]
 
         def listed(sign: int) -> tuple[tuple[str, float], ...]:
-            fitting = (sign * change > 0) & (sign * excess > 0)
-            best = (sign * excess).masked_fill(~fitting, 0.0).topk(min(count, len(excess)))
+            best = (sign * excess).masked_fill(sign * change <= 0, 0.0).topk(min(count, len(excess)))
             return tuple(
                 (model.token_text(token), float(change[token]))
                 for value, token in zip(best.values.tolist(), best.indices.tolist(), strict=True)

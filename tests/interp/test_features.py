@@ -141,6 +141,24 @@ def test_no_concept_below_chance(make_model: Maker, samples: list[Sample], store
         assert feature.clarity == feature.word_clarity
 
 
+def test_chance_is_asked_of_each_feature(
+    planted: tuple[LanguageModel, Factors], store: ActivationStore
+) -> None:
+    """One feature with a concept gives none to the others of its layer."""
+    model, factors = planted
+    generator = torch.Generator().manual_seed(2)
+    n_random, n = 5, factors.Y.shape[1]
+    Z = torch.cat([factors.Z[:, :1], torch.rand(24, n_random, generator=generator)], 1)
+    labels = store.corpus.labels
+    perfect = torch.tensor([float(labels[text] == "days") for text in store.samples(1).tolist()])
+    Y = torch.cat([perfect[None], torch.rand(n_random, n, generator=generator)])
+    days, *others = describe(Factors(Z, Y), store, model, 1)
+    assert days.concept == "days"
+    assert [(other.concept, other.concept_precision, other.clarity) for other in others] == [
+        (None, 0.0, 0.0)
+    ] * n_random
+
+
 @pytest.mark.parametrize("label", ["x", None])
 def test_labels_that_say_nothing(
     planted: tuple[LanguageModel, Factors], samples: list[Sample], label: str | None

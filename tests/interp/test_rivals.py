@@ -366,6 +366,10 @@ class TestPlanted:
         # Another sign is another effect.
         (turned, *_) = trial.immediate([replace(records[0], sign=-1), *records[1:]])
         assert turned[0].strength < 0 < found[0][0].strength
+        meter, rival = trial._meter(0), trial.rivals(0)[0]
+        assert meter is not None
+        opposite = meter.measure(records[0], -rival.direction(records[0].chosen))
+        assert [effect.shift for effect in turned] == [pytest.approx(effect.shift) for effect in opposite]
 
     def test_words_of_several_tokens_are_not_read(self, trial: Trial, records: list[SteeringRecord]) -> None:
         words = {"days": ("no-token",), "weather": ("rain", "no-token")}
