@@ -176,8 +176,13 @@ def _summary(report: Stability, features: Sequence[Feature], layer: int) -> Text
     often = report.recurrence >= 0.5
     error = "" if math.isnan(report.standard_error) else f" ± {report.standard_error:.2f}"
     found = report.recurrence
+    # L0: what the shares of tokens that the features fire on add up to.
+    active = sum(feature.firing_share for feature in features)
     text = Text.assemble(
-        (f"\nLayer {layer}, {report.k} features from {len(report.seeds)} starts\n\n", "bold"),
+        (
+            f"\nLayer {layer}, {report.k} features from {len(report.seeds)} starts, L0 {active:.0f}\n\n",
+            "bold",
+        ),
         f"found by another start    {report.mean_recurrence:.2f}{error} of the features (cosine of Z at least "
         f"{report.threshold:g})\n",
         f"  by chance               {report.chance.features:.2f} where each neuron's weights are shuffled\n",

@@ -75,6 +75,7 @@ def tree(
     fit of its own. The hierarchy is kept in DIR/layer_N/tree; the same command shows it again, and goes on with one
     that was cut short. A feature may have several parents: it is shown in full under the first.
     """
+    from .features import mean_active
     from .runs import Run
     from .trees import build_tree, export_format
 
@@ -108,7 +109,8 @@ def tree(
     what = f"layer {layer}: levels of {', '.join(map(str, sizes))} features{source}"
     terminal.done(screen, what, None if record["reused"] else record["seconds"])
     for number, level in enumerate(hierarchy.levels):
-        line = f"  level {number}: {level.k} features, relative error {level.relative_error:.3f}"
+        active = mean_active(hierarchy.factorization(number))
+        line = f"  level {number}: {level.k} features, relative error {level.relative_error:.3f}, L0 {active:.0f}"
         screen.print(Text(line, style="dim"))
     descriptions = None
     if describe:

@@ -243,6 +243,7 @@ class TestRun:
         assert result.exit_code == 0, result.output
         assert "layer 2: levels of 6, 3, 2 features" in result.stdout
         assert "level 1: 3 features, relative error" in result.stdout
+        assert len(re.findall(r"level \d: .*, L0 \d+\n", result.stdout)) == result.stdout.count("  level ")
         assert re.search(r"^2/\d .*\n[├└]── 1/\d ", result.stdout, re.MULTILINE)
         content = json.loads(exports[0].read_text())
         assert content["sizes"] == [6, 3, 2]
